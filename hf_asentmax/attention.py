@@ -1,0 +1,219 @@
+"""The one public attention function: checks its input, picks a backend."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from functools import partial
+
+import torch
+
+from . import kernels
+from .eager import eager_attention
+from .mappings import _check_alpha, entmax
+from .masks import alibi_positions, query_positions, visible_keys
+
+__all__ = ["BACKENDS", "entmax_attention"]
+
+BACKENDS = ("auto", "eager", "triton")
+
+_already_warned: set[str] = set()
+
+
+def _warn_once(message: str) -> None:
+    if not torch.compiler.is_compiling() and message not in _already_warned:
+        _already_warned.add(message)
+        warnings.warn(message, UserWarning, stacklevel=3)
+
+
+def entmax_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    alpha: float = 1.5,
+    scale: float | None = None,
+    is_causal: bool = True,
+    attention_mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    r"""Attention by alpha-entmax: irrelevant keys get a weight of exactly zero.
+
+    .. math::
+        z_{ij} = \mathrm{scale}\, q_i^\top k_j - m_h |i - j|, \quad
+        p_{ij} = [(\alpha-1) z_{ij} - \tau_i]_+^{1/(\alpha-1)}, \quad o_i = \sum_j p_{ij} v_j
+
+    over the keys that query i sees, with tau_i such that each row sums to 1 ("Long-Context Generalization with Sparse
+    Attention", section 2; alpha-entmax: Peters, Niculae & Martins 2019). Queries align to the end of the keys: query i
+    stands at key i + kv_len - q_len. The masks given are intersected. A query that sees no key gets zeros, and sends
+    zero gradients.
+
+    Args:
+        query: (batch, heads, q_len, head_dim), float.
+        key: (batch, kv_heads, kv_len, head_dim), of query's type and device, heads a multiple of kv_heads.
+        value: (batch, kv_heads, kv_len, value_dim), likewise.
+        alpha: from 1 (softmax) to 2 (sparsemax).
+        scale: factor on q k^T; default 1/sqrt(head_dim).
+        is_causal: query i sees no key after its own.
+        attention_mask: (batch, kv_len), true (or non-zero) where the key is no padding; or boolean
+            (batch, 1 or heads, q_len, kv_len), true where the query sees the key.
+        alibi_slopes: (heads,) float >= 0, ALiBi's m_h per unit of distance (0 for a head without).
+        cu_seqlens: (sequences + 1,) int32 or int64, boundaries of sequences packed into one row of batch 1, from 0 to
+            kv_len; a query sees its own sequence only.
+        sliding_window: a query sees keys less than this far away.
+        softcap: c, for c tanh(score / c) before ALiBi (Gemma 2).
+        backend: "eager" (plain PyTorch, any device, float64 too), "triton" (CUDA kernels), or "auto": triton where it
+            can, else eager, saying so once on a GPU.
+
+    Returns:
+        (batch, heads, q_len, value_dim), of query's type.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or range; the message says what was expected.
+        NotImplementedError: backend="triton" where the kernels can't do what was asked.
+    """
+    _check_alpha(alpha)
+    _check_tensors(query, key, value)
+    heads, q_len, head_dim = query.shape[1:]
+    kv_len = key.shape[2]
+    if scale is None:
+        scale = 1.0 / math.sqrt(head_dim)
+    if q_len > kv_len and (is_causal or sliding_window is not None or cu_seqlens is not None):
+        raise ValueError(
+            f"a causal, windowed or packed query of length {q_len} needs at least as many keys, got {kv_len}"
+        )
+    attention_mask = _checked_attention_mask(attention_mask, query, kv_len)
+    _check_alibi_slopes(alibi_slopes, heads, query.device)
+    _check_cu_seqlens(cu_seqlens, query, kv_len)
+    if sliding_window is not None and (isinstance(sliding_window, bool) or not sliding_window >= 1):
+        raise ValueError(f"sliding_window must be a whole number of at least 1, got {sliding_window!r}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+    options = {
+        "alpha": float(alpha),
+        "attention_mask": attention_mask,
+        "alibi_slopes": alibi_slopes,
+        "cu_seqlens": cu_seqlens,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+    }
+    if backend == "triton" or (backend == "auto" and query.device.type == "cuda"):
+        reason = kernels.unsupported_reason(query, key, value, **options)
+        if reason is None:
+            return kernels.entmax_attention_triton(query, key, value, scale=scale, is_causal=is_causal, **options)
+        if backend == "triton":
+            raise NotImplementedError(f"backend='triton' can't run this call: {reason}")
+        _warn_once(f"entmax_attention runs in plain PyTorch (slow, memory square in length): {reason}")
+
+    visible = visible_keys(
+        q_len,
+        kv_len,
+        is_causal=is_causal,
+        attention_mask=attention_mask,
+        cu_seqlens=cu_seqlens,
+        sliding_window=sliding_window,
+        device=query.device,
+    )
+    output, _ = eager_attention(
+        query,
+        key,
+        value,
+        mapping=partial(entmax, alpha=float(alpha)),
+        scale=scale,
+        visible=visible,
+        position=alibi_positions(query_positions(q_len, kv_len, query.device), visible),
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+    )
+    return output
+
+
+def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}; convert it first")
+        if tensor.ndim != 4:
+            raise ValueError(
+                f"{name} must be (batch, heads, length, head_dim), got {tensor.ndim} dimensions: {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != query.dtype or tensor.device != query.device:
+            raise ValueError(
+                "query, key and value must share one type and device, got "
+                f"query {query.dtype} on {query.device}, {name} {tensor.dtype} on {tensor.device}"
+            )
+    batch, heads, _, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    if key.shape[0] != batch or key.shape[3] != head_dim or value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            "expected query (batch, heads, q_len, head_dim), key (batch, kv_heads, kv_len, head_dim) and value "
+            f"(batch, kv_heads, kv_len, value_dim), got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    if kv_heads == 0 or heads % kv_heads != 0:
+        raise ValueError(f"query's heads must be a multiple of key's, got {heads} and {kv_heads}")
+    if kv_len == 0:
+        raise ValueError("key has length 0; attention needs at least one key")
+
+
+def _checked_attention_mask(mask: torch.Tensor | None, query: torch.Tensor, kv_len: int) -> torch.Tensor | None:
+    """The mask as bool, after checking its type, shape and device."""
+    if mask is None:
+        return None
+    batch, heads, q_len, _ = query.shape
+    expected = (
+        f"attention_mask must be ({batch}, {kv_len}) padding (bool or integer), or bool "
+        f"({batch}, 1 or {heads}, {q_len}, {kv_len})"
+    )
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{expected}, got {type(mask).__name__}")
+    if mask.ndim == 2:
+        fits = tuple(mask.shape) == (batch, kv_len)
+    else:
+        fits = mask.ndim == 4 and mask.shape[0] == batch and mask.shape[1] in (1, heads)
+        fits = fits and tuple(mask.shape[2:]) == (q_len, kv_len)
+    if not fits:
+        raise ValueError(f"{expected}, got {tuple(mask.shape)}")
+    if mask.is_floating_point() or (mask.ndim == 4 and mask.dtype != torch.bool):
+        raise TypeError(f"{expected}, got {mask.dtype}; an additive mask has to be compared first: mask == 0")
+    if mask.device != query.device:
+        raise ValueError(f"attention_mask is on {mask.device}, query on {query.device}")
+    return mask.to(torch.bool)
+
+
+def _check_alibi_slopes(slopes: torch.Tensor | None, heads: int, device: torch.device) -> None:
+    if slopes is None:
+        return
+    if not isinstance(slopes, torch.Tensor) or not slopes.is_floating_point():
+        raise TypeError("alibi_slopes must be a floating point tensor of shape (heads,)")
+    if tuple(slopes.shape) != (heads,):
+        raise ValueError(f"alibi_slopes must have one slope a head, ({heads},), got {tuple(slopes.shape)}")
+    if slopes.device != device:
+        raise ValueError(f"alibi_slopes is on {slopes.device}, query on {device}")
+
+
+def _check_cu_seqlens(cu_seqlens: torch.Tensor | None, query: torch.Tensor, kv_len: int) -> None:
+    if cu_seqlens is None:
+        return
+    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError("cu_seqlens must be an int32 or int64 tensor of shape (sequences + 1,)")
+    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must be (sequences + 1,), at least 2 long, got {tuple(cu_seqlens.shape)}")
+    if query.shape[0] != 1 or query.shape[2] != kv_len:
+        raise ValueError(
+            "cu_seqlens packs sequences into batch 1 with as many queries as keys, got "
+            f"batch {query.shape[0]}, q_len {query.shape[2]}, kv_len {kv_len}"
+        )
+    if cu_seqlens.device != query.device:
+        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, query on {query.device}")
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU this would wait for the host
+        steps = cu_seqlens.diff()
+        if cu_seqlens[0] != 0 or cu_seqlens[-1] != kv_len or bool((steps < 0).any()):
+            raise ValueError(f"cu_seqlens must rise from 0 to kv_len = {kv_len}, got {cu_seqlens.tolist()}")

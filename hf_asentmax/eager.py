@@ -1,0 +1,106 @@
+"""Attention in plain PyTorch, for any mapping, device and floating type: the definition that the kernels must meet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["eager_attention"]
+
+# Without gradients the scores need not all exist at once: (batch x heads x rows x kv_len) elements at a time.
+_SCORES_AT_ONCE = 1 << 27
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mapping: Callable[[torch.Tensor], torch.Tensor],
+    scale: float,
+    visible: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    position: torch.Tensor,
+    softcap: float | None,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    grouped = query.reshape(batch, kv_heads, (heads // kv_heads) * q_len, head_dim)
+    scores = (torch.matmul(grouped, key.transpose(-1, -2)) * scale).reshape(batch, heads, q_len, kv_len)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        distance = (position[..., None] - torch.arange(kv_len, device=key.device)).abs()
+        scores = scores - alibi_slopes.to(scores.dtype)[:, None, None] * distance.to(scores.dtype)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    weights = mapping(scores)
+    if dropout > 0.0:
+        weights = torch.nn.functional.dropout(weights, p=dropout)
+    grouped_weights = weights.reshape(batch, kv_heads, (heads // kv_heads) * q_len, kv_len)
+    return torch.matmul(grouped_weights, value).reshape(batch, heads, q_len, value.shape[-1]), weights
+
+
+def eager_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    mapping: Callable[[torch.Tensor], torch.Tensor],
+    scale: float,
+    visible: torch.Tensor | None,
+    position: torch.Tensor,
+    alibi_slopes: torch.Tensor | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    return_weights: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    r"""mapping(softcap(scale q k^T) - slope |position - j|) v, in float32 (float64 for float64 inputs).
+
+    Args:
+        query: (batch, heads, q_len, head_dim).
+        key: (batch, kv_heads, kv_len, head_dim), heads a multiple of kv_heads.
+        value: (batch, kv_heads, kv_len, value_dim).
+        mapping: scores (..., kv_len), -inf where the key is not visible -> probabilities of the same shape.
+        scale: factor on q k^T.
+        visible: bool, broadcastable to (batch, heads, q_len, kv_len), or None where all keys are visible.
+        position: (q_len,) or (batch or 1, heads or 1, q_len) int, where ALiBi's distances are measured from.
+        alibi_slopes: (heads,) float, 0 for heads without ALiBi.
+        softcap: cap c of c tanh(score / c), before ALiBi.
+        dropout: probability of dropping a weight (the caller passes 0 outside of training).
+        return_weights: also return the probabilities.
+
+    Returns:
+        The output (batch, heads, q_len, value_dim) in query's type, and the probabilities
+        (batch, heads, q_len, kv_len) or None.
+    """
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    batch, heads, q_len, _ = query.shape
+    kv_len = key.shape[2]
+    rows = max(1, _SCORES_AT_ONCE // max(1, batch * heads * kv_len))
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if needs_grad or torch.compiler.is_compiling() or return_weights or rows >= q_len:
+        rows = q_len
+    # An enclosing autocast would round the scores to half precision
+    with torch.autocast(query.device.type, enabled=False):
+        working_query, working_key, working_value = (tensor.to(dtype) for tensor in (query, key, value))
+        parts = []
+        for start in range(0, q_len, rows):
+            stop = min(start + rows, q_len)
+            part_visible = visible if visible is None or visible.shape[2] == 1 else visible[:, :, start:stop]
+            part, weights = _attend(
+                working_query[:, :, start:stop],
+                working_key,
+                working_value,
+                mapping,
+                scale,
+                part_visible,
+                alibi_slopes,
+                position[..., start:stop],
+                softcap,
+                dropout,
+            )
+            parts.append(part)
+        output = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    return output.to(query.dtype), weights if return_weights else None

@@ -1,0 +1,26 @@
+"""The only part that knows transformers: registration, masks, parameters and hooks on models, saving and loading."""
+
+from __future__ import annotations
+
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
+
+from ..config import PRESETS
+from ..scaling import LengthScaling
+from .forward import asentmax_attention_forward
+from .patches import apply_patches
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Make the presets known to transformers. Safe to call again."""
+    for name in PRESETS:
+        AttentionInterface.register(name, asentmax_attention_forward)
+        # Without a mask function a name gets no mask at all, and padding would be ignored
+        AttentionMaskInterface.register(name, sdpa_mask)
+    if LengthScaling not in ALL_LAYERNORM_LAYERS:
+        # Trainer decays every weight but biases and those of the layer types listed here
+        ALL_LAYERNORM_LAYERS.append(LengthScaling)
+    apply_patches()

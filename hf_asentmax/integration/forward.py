@@ -1,0 +1,227 @@
+"""The attention function that transformers calls for every preset."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.utils import TransformersKwargs, logging
+
+from ..attention import entmax_attention
+from ..eager import eager_attention
+from ..mappings import adaptive_temperature_softmax, entmax, softmax, top_k_softmax
+from ..masks import alibi_positions, query_positions, visible_keys
+from ..positions import alibi_slopes
+from .install import AttentionSettings, scaling_of
+from .names import HIDDEN_STATES_ARGUMENT, SETTINGS_ATTRIBUTE
+
+__all__ = ["asentmax_attention_forward"]
+
+logger = logging.get_logger(__name__)
+
+# Arguments that change the scores or the keys in ways that no preset has: refused, never dropped.
+_REFUSED_ARGUMENTS = {
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "a learned position bias on the scores",
+    "head_mask": "a mask over heads",
+    "cache": "a paged cache (continuous batching); use generate()",
+    "block_table": "a paged cache (continuous batching); use generate()",
+}
+# Arguments that are known and need nothing here.
+_KNOWN_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {
+    "cache_position",
+    "layer_idx",
+    "logits_to_keep",
+    "output_attentions",
+    "use_cache",
+}
+
+
+def asentmax_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention as the module's settings say, by transformers' attention interface.
+
+    Args:
+        module: an attention module that `install` has prepared.
+        query: (batch, heads, q_len, head_dim).
+        key, value: (batch, kv_heads, kv_len, head_dim).
+        attention_mask: what the mask function made: bool (batch, 1, q_len, kv_len), or None where purely causal.
+        scaling: the model's own factor on the scores, default 1/sqrt(head_dim).
+        dropout: probability of dropping a weight.
+        softcap: cap on the (length-scaled) scores.
+        sliding_window: the layer's window; already part of a mask that is given.
+        is_causal: False for a model that was configured to be bidirectional.
+
+    Returns:
+        The output (batch, q_len, heads, head_dim), and the weights if ``output_attentions`` was asked for.
+
+    Raises:
+        RuntimeError: the module was not prepared.
+        NotImplementedError: an argument that changes the attention in a way that is not supported.
+    """
+    settings: AttentionSettings | None = getattr(module, SETTINGS_ATTRIBUTE, None)
+    if settings is None:
+        raise RuntimeError(
+            f"{type(module).__name__} was built without hf_asentmax's parameters; build or load the model with "
+            'attn_implementation="asentmax" after importing hf_asentmax, rather than changing it afterwards'
+        )
+    _check_arguments(module, kwargs)
+    if query.shape[1] != settings.num_heads:
+        raise NotImplementedError(
+            f"{type(module).__name__} has {query.shape[1]} heads where its config says {settings.num_heads}"
+        )
+    query, key, value = _one_dtype(query, key, value)
+    flags = settings.flags
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
+        # An empty static cache that a prompt has just been written to: transformers leaves the mask out, and the
+        # slots after the prompt are not filled yet.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
+    if attention_mask is not None:
+        attention_mask = _boolean_mask(attention_mask)
+        causal, sliding_window = False, None  # the mask holds both
+
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    length_scaling = scaling_of(module)
+    if length_scaling is not None:
+        hidden_states = kwargs.get(HIDDEN_STATES_ARGUMENT)
+        if hidden_states is None:
+            raise RuntimeError(f"the layer's input did not reach the attention function of {type(module).__name__}")
+        count = _visible_count(query.shape[2], key.shape[2], causal, attention_mask, sliding_window, query.device)
+        query = _scaled_query(query, length_scaling(hidden_states, count), settings.num_unscaled_heads)
+    slopes = None
+    if settings.num_alibi_heads > 0:
+        slopes = alibi_slopes(
+            settings.num_heads, settings.num_alibi_heads, flags.alibi_slopes or "harmonic", query.device
+        )
+
+    return_weights = bool(kwargs.get("output_attentions"))
+    if flags.alpha > 1.0 and dropout == 0.0 and not return_weights:
+        output = entmax_attention(
+            query,
+            key,
+            value,
+            alpha=flags.alpha,
+            scale=scale,
+            is_causal=causal,
+            attention_mask=attention_mask,
+            alibi_slopes=slopes,
+            sliding_window=sliding_window,
+            softcap=softcap,
+        )
+        return output.transpose(1, 2).contiguous(), None
+    visible = visible_keys(
+        query.shape[2],
+        key.shape[2],
+        is_causal=causal,
+        attention_mask=attention_mask,
+        cu_seqlens=None,
+        sliding_window=sliding_window,
+        device=query.device,
+    )
+    output, weights = eager_attention(
+        query,
+        key,
+        value,
+        mapping=_mapping(settings, module.training),
+        scale=scale,
+        visible=visible,
+        position=alibi_positions(query_positions(query.shape[2], key.shape[2], query.device), visible),
+        alibi_slopes=slopes,
+        softcap=softcap,
+        dropout=dropout,
+        return_weights=return_weights,
+    )
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _check_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    for name, value in kwargs.items():
+        if value is None or name == HIDDEN_STATES_ARGUMENT or name in _KNOWN_ARGUMENTS:
+            continue
+        if name in _REFUSED_ARGUMENTS:
+            raise NotImplementedError(
+                f"{type(module).__name__} asks for {_REFUSED_ARGUMENTS[name]} ({name}), which hf_asentmax does not have"
+            )
+        if not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"{type(module).__name__} passes {name!r} to its attention, which hf_asentmax does not know and leaves "
+                "out; check that the model's attention does not depend on it"
+            )
+
+
+def _one_dtype(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Under autocast rotary positions leave query and key in float32 and value in half precision: one type for all."""
+    if query.dtype == key.dtype == value.dtype:
+        return query, key, value
+    device_type = query.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _boolean_mask(mask: torch.Tensor) -> torch.Tensor:
+    """True where visible. An additive float mask has 0 there and a very negative number elsewhere."""
+    if not mask.is_floating_point():
+        return mask if mask.ndim == 2 or mask.dtype == torch.bool else mask.to(torch.bool)
+    visible = mask == 0
+    if not torch.compiler.is_compiling() and not bool((visible | (mask <= -1e4)).all()):
+        raise NotImplementedError(
+            "the 4D attention_mask adds values other than 0 and minus infinity to the scores; hf_asentmax takes masks "
+            "that show or hide keys (boolean, or 0 and torch.finfo(dtype).min)"
+        )
+    return visible
+
+
+def _visible_count(
+    q_len: int,
+    kv_len: int,
+    causal: bool,
+    mask: torch.Tensor | None,
+    sliding_window: int | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """How many keys each query sees: (batch or 1, heads or 1, q_len)."""
+    if mask is not None:
+        count = mask.sum(dim=-1)
+        return count[:, None, None].expand(-1, 1, q_len) if mask.ndim == 2 else count
+    if causal:
+        count = query_positions(q_len, kv_len, device) + 1
+        count = count if sliding_window is None else count.clamp_max(sliding_window)
+        return count[None, None]
+    return torch.full((1, 1, q_len), kv_len, device=device)
+
+
+def _scaled_query(query: torch.Tensor, factor: torch.Tensor, num_unscaled_heads: int) -> torch.Tensor:
+    """The factor (batch or 1, heads - num_unscaled_heads, q_len) on all heads after the first num_unscaled_heads."""
+    if num_unscaled_heads > 0:
+        ones = factor.new_ones((factor.shape[0], num_unscaled_heads, factor.shape[2]))
+        factor = torch.cat([ones, factor], dim=1)
+    return (query * factor[..., None]).to(query.dtype)
+
+
+def _mapping(settings: AttentionSettings, training: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    flags = settings.flags
+    if flags.alpha > 1.0:
+        return partial(entmax, alpha=flags.alpha)
+    if flags.top_k is not None:
+        return partial(top_k_softmax, k=flags.top_k)
+    if flags.scaling == "adaptive_temperature" and not training:
+        return adaptive_temperature_softmax
+    return softmax

@@ -1,0 +1,155 @@
+"""Putting the parameters and hooks of ASEntmax on a model's attention modules, by one rule for every family."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import ASEntmaxConfig
+from ..scaling import LengthScaling, build_scaling
+from .families import takes_rotary_positions, turn_off_positions, without_rotation
+from .names import HIDDEN_STATES_ARGUMENT, SCALING_ATTRIBUTE, SETTINGS_ATTRIBUTE, flags_of, preset_of
+from .packing import packing_pre_hook
+
+__all__ = ["AttentionSettings", "install", "installed_attentions"]
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """What one attention module runs."""
+
+    flags: ASEntmaxConfig
+    num_heads: int
+    num_alibi_heads: int
+    rotary_off: bool
+
+    @property
+    def num_unscaled_heads(self) -> int:
+        """Under NAPE the first heads, those with ALiBi, are not scaled (the authors' code)."""
+        return self.num_alibi_heads if self.flags.positions == "nape" else 0
+
+
+@functools.cache
+def calls_attention_interface(cls: type[nn.Module]) -> bool:
+    """Whether a module's class dispatches through transformers' ``ALL_ATTENTION_FUNCTIONS``."""
+    for member in vars(cls).values():
+        function = inspect.unwrap(member) if callable(member) else member
+        if isinstance(function, types.FunctionType) and "ALL_ATTENTION_FUNCTIONS" in function.__code__.co_names:
+            return True
+    return any(calls_attention_interface(base) for base in cls.__bases__ if base not in (nn.Module, object))
+
+
+def _own_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """The modules below a model, without those of models inside it, which are installed by their own ``post_init``."""
+
+    def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        for name, child in module.named_children():
+            if not isinstance(child, PreTrainedModel):
+                yield f"{prefix}{name}", child
+                yield from walk(f"{prefix}{name}.", child)
+
+    return walk("", model)
+
+
+def installed_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The attention modules of a model that run ASEntmax's settings, with their names."""
+    return ((name, module) for name, module in model.named_modules() if hasattr(module, SETTINGS_ATTRIBUTE))
+
+
+def install(model: PreTrainedModel) -> None:
+    """Prepare a model that is being built, before its weights are initialised or loaded.
+
+    Each attention module gets its settings, its length scaling's parameters and a pre-hook that brings the layer's
+    input to the attention function. Models with any other attention implementation are left alone.
+
+    Raises:
+        NotImplementedError: the model can't be supported; the message says why.
+        ValueError: flags that don't fit the model.
+    """
+    if preset_of(model.config) is None:
+        return
+    flags = flags_of(model.config)
+    attentions = {name: module for name, module in _own_modules(model) if calls_attention_interface(type(module))}
+    if not attentions:
+        if next(installed_attentions(model), None) is None:
+            raise NotImplementedError(_no_attention_message(model))
+        return
+    for name, attention in attentions.items():
+        _check_attention(model, name, attention, flags)
+    if flags.positions != "model":
+        turn_off_positions(model, list(attentions.values()), flags.positions)
+    for attention in attentions.values():
+        _install_attention(attention, model.config, flags)
+    model.register_forward_pre_hook(packing_pre_hook, with_kwargs=True)
+
+
+def _no_attention_message(model: PreTrainedModel) -> str:
+    return (
+        f"{type(model).__name__} (model_type {model.config.model_type!r}) has no attention that goes through "
+        "transformers' attention interface (ALL_ATTENTION_FUNCTIONS), so hf_asentmax can't change it. Use a decoder "
+        "that does (Llama, Mistral, Qwen, Gemma, OLMo, Phi-3, GPT-2, GPT-NeoX and most recent families)"
+    )
+
+
+def _check_attention(model: PreTrainedModel, name: str, attention: nn.Module, flags: ASEntmaxConfig) -> None:
+    where = f"{type(attention).__name__} at {name!r} of {type(model).__name__}"
+    if getattr(attention, "is_cross_attention", False) or not getattr(attention, "is_causal", True):
+        raise NotImplementedError(
+            f"hf_asentmax supports causal self-attention (decoders), and {where} is not causal. For a multimodal "
+            "model give the implementation to its text part alone: "
+            "attn_implementation={'text_config': 'asentmax', 'vision_config': 'sdpa'}"
+        )
+    parameters = inspect.signature(attention.forward).parameters
+    if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        raise NotImplementedError(
+            f"{where} takes no **kwargs, so the layer's input, which beta and gamma are projected from, can't reach "
+            "the attention function"
+        )
+
+
+def _install_attention(attention: nn.Module, config: Any, flags: ASEntmaxConfig) -> None:
+    num_heads = config.num_attention_heads
+    settings = AttentionSettings(
+        flags=flags,
+        num_heads=num_heads,
+        num_alibi_heads=flags.num_alibi_heads(num_heads),
+        rotary_off=flags.positions != "model" and takes_rotary_positions(attention),
+    )
+    scaling = build_scaling(
+        flags.scaling,
+        num_heads=num_heads - settings.num_unscaled_heads,
+        hidden_size=config.hidden_size,
+        delta=flags.delta,
+        gamma_range=flags.gamma_range,
+    )
+    setattr(attention, SETTINGS_ATTRIBUTE, settings)
+    if scaling is not None and scaling.num_heads > 0:
+        setattr(attention, SCALING_ATTRIBUTE, scaling)
+    attention.register_forward_pre_hook(_attention_pre_hook, with_kwargs=True)
+
+
+def _attention_pre_hook(
+    attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Bring the layer's input to the attention function, and rotary positions that don't rotate to the attention."""
+    settings: AttentionSettings = getattr(attention, SETTINGS_ATTRIBUTE)
+    kwargs = dict(kwargs)
+    kwargs[HIDDEN_STATES_ARGUMENT] = args[0] if args else kwargs.get("hidden_states")
+    if settings.rotary_off:
+        if kwargs.get("position_embeddings") is not None:
+            kwargs["position_embeddings"] = without_rotation(kwargs["position_embeddings"])
+        elif len(args) > 1 and isinstance(args[1], tuple):
+            args = (args[0], without_rotation(args[1]), *args[2:])
+    return args, kwargs
+
+
+def scaling_of(attention: nn.Module) -> LengthScaling | None:
+    """The length scaling's module (under an adapter its wrapper), or None."""
+    return getattr(attention, SCALING_ATTRIBUTE, None)

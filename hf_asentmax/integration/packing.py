@@ -1,0 +1,57 @@
+"""Packed sequences: several documents in one row, told apart by resets of ``position_ids`` or by ``cu_seq_lens``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+__all__ = ["packing_pre_hook"]
+
+
+def _positions_from_boundaries(cu_seqlens: torch.Tensor, length: int) -> torch.Tensor:
+    """(1, length) positions that restart at each boundary of cu_seqlens (sequences + 1,)."""
+    index = torch.arange(length, device=cu_seqlens.device)
+    boundaries = cu_seqlens.to(torch.int64)
+    sequence = torch.bucketize(index, boundaries, right=True) - 1
+    return (index - boundaries[sequence])[None]
+
+
+def packing_pre_hook(
+    model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Let transformers see packed sequences, which it looks for only where no cache and no mask is given.
+
+    A forward builds a cache by default, and with a cache transformers reads resets of ``position_ids`` as nothing
+    special: a document would then see the one before it. So the cache is left out where positions restart.
+
+    Raises:
+        ValueError: packed sequences together with a cache or a mask.
+    """
+    cu_seqlens = kwargs.get("cu_seq_lens_q")
+    position_ids = kwargs.get("position_ids")
+    if cu_seqlens is None and position_ids is None:
+        return None
+    masked, cached = kwargs.get("attention_mask") is not None, kwargs.get("past_key_values") is not None
+    if cu_seqlens is not None:
+        if masked or cached:
+            raise ValueError(
+                "cu_seq_lens describes packed sequences without padding or cache; leave attention_mask and "
+                "past_key_values out"
+            )
+        if position_ids is None:
+            inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
+            if inputs is None:
+                raise ValueError("expected input_ids or inputs_embeds beside cu_seq_lens")
+            position_ids = _positions_from_boundaries(cu_seqlens, inputs.shape[1]).to(inputs.device)
+    if masked or cached or position_ids.ndim != 2:
+        return None
+    if not torch.compiler.is_compiling() and not bool((position_ids.diff(dim=-1) != 1).any()):
+        return None
+    if kwargs.get("use_cache"):
+        raise ValueError(
+            "position_ids restart within a row, which means packed sequences, and those can't be cached; "
+            "pass use_cache=False, or an attention_mask if this is padding"
+        )
+    return args, {**kwargs, "position_ids": position_ids, "use_cache": False}

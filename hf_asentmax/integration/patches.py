@@ -1,0 +1,160 @@
+"""The few methods of transformers that are wrapped, each for one reason. Other models pass through unchanged."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..config import PRESETS, ASEntmaxConfig
+from ..scaling import LengthScaling
+from .install import install, installed_attentions
+from .names import FILE_IMPLEMENTATION, preset_for_flags
+from .saving import is_ours, write_config_file
+
+__all__ = ["apply_patches"]
+
+_MARK = "_wrapped_by_hf_asentmax"
+
+
+def _wrap(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    original = getattr(owner, name)
+    if getattr(original, _MARK, False):
+        return
+    wrapped = functools.wraps(original)(make(original))
+    setattr(wrapped, _MARK, True)
+    setattr(owner, name, wrapped)
+
+
+def apply_patches() -> None:
+    """Wrap transformers' methods, once per process."""
+    _wrap(PreTrainedModel, "_check_and_adjust_attn_implementation", _resolving_flags)
+    _wrap(PreTrainedModel, "post_init", _installing)
+    _wrap(PreTrainedModel, "_initialize_weights", _initialising_scalings)
+    _wrap(PreTrainedModel, "set_attn_implementation", _refusing_to_switch)
+    _wrap(PreTrainedConfig, "to_dict", _with_plain_flags)
+    _wrap(PreTrainedConfig, "to_json_file", _writing_flags)
+
+
+def resolve_implementation(config: PreTrainedConfig, requested: str | None) -> str | None:
+    """The attention implementation to run for a config and what was asked for, checking the flags.
+
+    Raises:
+        ValueError: the flags and the implementation contradict each other.
+    """
+    flags = getattr(config, "asentmax", None)
+    if requested == FILE_IMPLEMENTATION:
+        if flags is None:
+            raise ValueError(
+                'this config.json names hf_asentmax as its "attn_implementation" but has no "asentmax" flags; it was '
+                "edited by hand or cut. Restore them, or pass attn_implementation explicitly"
+            )
+        return preset_for_flags(ASEntmaxConfig.from_preset("asentmax", flags))
+    if requested in PRESETS:
+        resolved = ASEntmaxConfig.from_preset(requested, flags)
+        if _from_file(flags) and requested != preset_for_flags(resolved):
+            raise ValueError(
+                f"this checkpoint was saved with {resolved}, which attn_implementation={requested!r} contradicts. "
+                "Leave attn_implementation out to restore it, or set config.asentmax to the flags that you want"
+            )
+        return requested
+    if flags is None:
+        return requested
+    if requested is None:
+        return preset_for_flags(ASEntmaxConfig.from_preset("asentmax", flags))
+    raise ValueError(
+        f"config.asentmax is set ({flags}), but attn_implementation={requested!r} would ignore it and run another "
+        "attention. Use attn_implementation='asentmax' (or leave it out), or delete config.asentmax first"
+    )
+
+
+def _from_file(flags: Any) -> bool:
+    """Whether flags were read from a config.json that the plugin wrote: a dict that names all of them."""
+    return isinstance(flags, dict) and set(flags) == set(ASEntmaxConfig().to_dict())
+
+
+def _resolving_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags are checked, and a saved name resolved, where transformers settles the implementation."""
+
+    def _check_and_adjust_attn_implementation(
+        self: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        resolved = resolve_implementation(self.config, attn_implementation)
+        if resolved in PRESETS and getattr(self.config, "is_encoder_decoder", False):
+            raise NotImplementedError(
+                f"hf_asentmax supports decoders, and {type(self).__name__} is an encoder-decoder model; "
+                "its cross-attention and encoder have no definition in the paper"
+            )
+        return original(self, resolved, *args, **kwargs)
+
+    return _check_and_adjust_attn_implementation
+
+
+def _installing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The parameters must exist before weights are initialised or loaded; ``post_init`` comes right before that."""
+
+    def post_init(self: PreTrainedModel) -> None:
+        install(self)
+        original(self)
+
+    return post_init
+
+
+def _initialising_scalings(original: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers leaves parameters of modules it doesn't know as uninitialised memory."""
+
+    def _initialize_weights(self: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if isinstance(module, LengthScaling):
+            if not getattr(module, "_is_hf_initialized", False):
+                module.reset_parameters()  # torch.nn.init, guarded by transformers for parameters already loaded
+                module._is_hf_initialized = True  # type: ignore[assignment]
+            return
+        original(self, module, *args, **kwargs)
+
+    return _initialize_weights
+
+
+def _refusing_to_switch(original: Callable[..., Any]) -> Callable[..., Any]:
+    """A built model has parameters and hooks of its implementation; switching would leave or miss them."""
+
+    def set_attn_implementation(self: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        names = list(attn_implementation.values()) if isinstance(attn_implementation, dict) else [attn_implementation]
+        installed = next(installed_attentions(self), None) is not None
+        wants_ours = any(name in PRESETS for name in names)
+        current = self.config._attn_implementation
+        if (installed or wants_ours) and attn_implementation != current:
+            raise ValueError(
+                f"the attention of a built model can't be switched from {current!r} to {attn_implementation!r}: "
+                "hf_asentmax's presets have parameters and hooks of their own. Load the model again with "
+                "from_pretrained(..., attn_implementation=...)"
+            )
+        original(self, attn_implementation, *args, **kwargs)
+
+    return set_attn_implementation
+
+
+def _with_plain_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``config.asentmax`` may be an ASEntmaxConfig; dicts and JSON of a config need plain values."""
+
+    def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
+        output = original(self)
+        if isinstance(output.get("asentmax"), ASEntmaxConfig):
+            output["asentmax"] = output["asentmax"].to_dict()
+        return output
+
+    return to_dict
+
+
+def _writing_flags(original: Callable[..., Any]) -> Callable[..., Any]:
+    """config.json is the only place that can say that a checkpoint is not softmax."""
+
+    def to_json_file(self: PreTrainedConfig, json_file_path: Any, use_diff: bool = True) -> None:
+        if is_ours(self):
+            write_config_file(self, json_file_path, use_diff)
+        else:
+            original(self, json_file_path, use_diff)
+
+    return to_json_file

@@ -1,0 +1,79 @@
+"""Which keys each query sees, as one boolean tensor: the plain definition that every backend follows."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["alibi_positions", "query_positions", "visible_keys"]
+
+
+def query_positions(q_len: int, kv_len: int, device: torch.device | str) -> torch.Tensor:
+    """The index of each query among the keys: queries align to the end of the keys, as behind a cache.
+
+    Returns:
+        (q_len,) int64: i + kv_len - q_len.
+    """
+    return torch.arange(q_len, device=device) + (kv_len - q_len)
+
+
+def visible_keys(
+    q_len: int,
+    kv_len: int,
+    *,
+    is_causal: bool,
+    attention_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    sliding_window: int | None,
+    device: torch.device | str,
+) -> torch.Tensor | None:
+    """The intersection of all the masks that were given.
+
+    Query i stands at key index pos = i + kv_len - q_len. Causal: j <= pos. Sliding window w: |pos - j| < w. Padding:
+    the key is valid. Packed: query and key lie in the same sequence.
+
+    Args:
+        attention_mask: (batch, kv_len) or (batch, 1 or heads, q_len, kv_len), bool.
+        cu_seqlens: (sequences + 1,) int, the sequences' boundaries in the keys, from 0 to kv_len.
+
+    Returns:
+        bool, broadcastable to (batch, heads, q_len, kv_len); None where every query sees every key.
+    """
+    position = query_positions(q_len, kv_len, device)[:, None]
+    key = torch.arange(kv_len, device=device)[None, :]
+    parts: list[torch.Tensor] = []
+    if is_causal:
+        parts.append(key <= position)
+    if sliding_window is not None:
+        parts.append((position - key).abs() < sliding_window)
+    if cu_seqlens is not None:
+        sequence = torch.bucketize(torch.arange(kv_len, device=device), cu_seqlens.to(torch.int64), right=True)
+        parts.append(sequence[kv_len - q_len :, None] == sequence[None, :])
+    if attention_mask is not None:
+        parts.append(attention_mask[:, None, None, :] if attention_mask.ndim == 2 else attention_mask)
+    if not parts:
+        return None
+    visible = parts[0]
+    for part in parts[1:]:
+        visible = visible & part
+    return visible.reshape((1,) * (4 - visible.ndim) + tuple(visible.shape))
+
+
+def alibi_positions(position: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
+    """Where ALiBi's distances of each row may be measured from, so that they stay small and float32 keeps them exact.
+
+    If all keys that a row sees stand at or before its position, the bias -m (position - j) may be measured from the
+    row's last visible key instead: that adds one constant to the row's scores, which softmax and entmax ignore. It
+    matters for a static cache, whose unfilled slots lie between the last visible key and the end.
+
+    Args:
+        position: (q_len,) int, as `query_positions` gives it.
+        visible: bool, broadcastable to (batch, heads, q_len, kv_len), or None.
+
+    Returns:
+        min(position, last visible key): (q_len,), or (batch or 1, heads or 1, q_len).
+    """
+    if visible is None:
+        return position
+    key = torch.arange(visible.shape[-1], device=visible.device)
+    last = torch.where(visible, key, -1).amax(dim=-1)
+    return torch.minimum(position, torch.where(last >= 0, last, position))

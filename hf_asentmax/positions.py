@@ -1,0 +1,34 @@
+"""ALiBi's slopes for the heads of NAPE (NoPE + ALiBi) and ALiBi."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["alibi_slopes"]
+
+
+def alibi_slopes(
+    num_heads: int, num_alibi_heads: int, kind: str, device: torch.device | str | None = None
+) -> torch.Tensor:
+    """One slope per head: the first `num_alibi_heads` heads have ALiBi, the others none (slope 0).
+
+    Computed on the device, so that no copy from the host stands in the way of a CUDA graph.
+
+    Args:
+        num_heads: all heads.
+        num_alibi_heads: from 0 to num_heads.
+        kind: "harmonic", 1/h, or "geometric", 1/2^(h-1), for h = 1, 2, ... ("linear" and "exp" in the authors' code).
+
+    Returns:
+        (num_heads,) float32.
+    """
+    if not 0 <= num_alibi_heads <= num_heads:
+        raise ValueError(f"num_alibi_heads must lie between 0 and the {num_heads} heads, got {num_alibi_heads}")
+    head = torch.arange(1, num_heads + 1, device=device, dtype=torch.float32)
+    if kind == "harmonic":
+        slopes = 1.0 / head
+    elif kind == "geometric":
+        slopes = torch.exp2(1.0 - head)
+    else:
+        raise ValueError(f"kind must be 'harmonic' or 'geometric', got {kind!r}")
+    return torch.where(head <= num_alibi_heads, slopes, torch.zeros_like(slopes))
