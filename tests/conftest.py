@@ -1,0 +1,69 @@
+"""Fixtures that all tests share: a model builder, and a process that is quiet, offline and on one thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# before transformers is imported: no test reads the network, and warnings come out where a test looks for them
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from tiny_models import FAMILIES, tiny_config, tiny_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def make_config() -> Callable[..., PreTrainedConfig]:
+    return tiny_config
+
+
+@pytest.fixture
+def make_model() -> Callable[..., PreTrainedModel]:
+    return tiny_model
+
+
+@pytest.fixture
+def transformers_log() -> Iterator[list[str]]:
+    """Messages that transformers (and the plugin, through it) logs during the test; "once" starts anew."""
+    import logging as python_logging
+
+    messages: list[str] = []
+
+    class Collect(python_logging.Handler):
+        def emit(self, record: python_logging.LogRecord) -> None:
+            messages.append(record.getMessage())
+
+    def forget_warned_once() -> None:
+        for name in ("warning_once", "info_once"):
+            getattr(getattr(python_logging.Logger, name, None), "cache_clear", lambda: None)()
+
+    handler: Any = Collect(level=python_logging.INFO)
+    level = logging.get_verbosity()
+    logging.set_verbosity_info()
+    logging.add_handler(handler)
+    ours = python_logging.getLogger("hf_asentmax")
+    ours.addHandler(handler)
+    forget_warned_once()
+    yield messages
+    ours.removeHandler(handler)
+    logging.remove_handler(handler)
+    logging.set_verbosity(level)

@@ -1,0 +1,128 @@
+"""Tiny configs and models of each family, the same for every test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+import hf_asentmax  # noqa: F401  (registers the presets)
+
+__all__ = ["FAMILIES", "PRESETS", "VOCABULARY", "perturb_scalings", "random_ids", "tiny_config", "tiny_model"]
+
+VOCABULARY = 64
+PRESETS = ("asentmax", "entmax", "ssmax", "adaptive_temperature", "topk_softmax")
+
+# 4 query heads on 2 key/value heads where the family knows them; windows shorter than the sequences of the tests.
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GPT2: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "n_embd": 32,
+    "n_inner": 48,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+_WINDOWED: dict[str, Any] = {
+    "head_dim": 8,
+    "query_pre_attn_scalar": 8,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+_NEOX = {name: value for name, value in _COMMON.items() if name != "num_key_value_heads"}
+
+_SETTINGS: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, _COMMON),
+    "mistral": (MistralConfig, {**_COMMON, "sliding_window": 6}),
+    "qwen2": (Qwen2Config, _COMMON),
+    "qwen3": (Qwen3Config, {**_COMMON, "head_dim": 8}),
+    "gemma2": (
+        Gemma2Config,
+        {**_COMMON, **_WINDOWED, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 30.0},
+    ),
+    "gemma3_text": (Gemma3TextConfig, {**_COMMON, **_WINDOWED}),
+    "olmo2": (Olmo2Config, _COMMON),
+    "phi3": (Phi3Config, _COMMON),
+    "gpt2": (GPT2Config, _GPT2),
+    "gpt_neox": (
+        GPTNeoXConfig,
+        {**_NEOX, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    ),
+}
+FAMILIES = tuple(_SETTINGS)
+
+
+def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
+    """A config of `family` with 2 layers, 4 heads and hidden size 32; `overrides` win."""
+    config_class, settings = _SETTINGS[family]
+    return config_class(**{**settings, **overrides})
+
+
+def tiny_model(
+    family: str,
+    attn_implementation: str | None = None,
+    flags: Any = None,
+    *,
+    seed: int = 0,
+    model_class: Any = AutoModelForCausalLM,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """A model from `tiny_config`, in eval mode, with weights drawn from `seed`; `flags` becomes config.asentmax.
+
+    Where the weights' names agree, two implementations of one family and seed have the same weights only after
+    ``load_state_dict``: parameters that one of them adds move the random numbers.
+    """
+    config = tiny_config(family, **overrides)
+    if flags is not None:
+        config.asentmax = flags
+    torch.manual_seed(seed)
+    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    model = model_class.from_config(config, **kwargs)
+    return model.eval()
+
+
+def perturb_scalings(model: torch.nn.Module, seed: int = 1) -> None:
+    """Move every length scaling off its (zero) start, so that tests see its projections at work."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".length_scaling." in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(0.3 * noise.to(parameter.device, parameter.dtype))
+
+
+def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """(batch, length) token ids, none of them special."""
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
