@@ -22,5 +22,5 @@ def register() -> None:
         AttentionMaskInterface.register(name, sdpa_mask)
     if LengthScaling not in ALL_LAYERNORM_LAYERS:
         # Trainer decays every weight but biases and those of the layer types listed here
-        ALL_LAYERNORM_LAYERS.append(LengthScaling)
+        ALL_LAYERNORM_LAYERS.append(LengthScaling)  # type: ignore[arg-type]
     apply_patches()

@@ -7,6 +7,7 @@ One rule serves most of them: an attention whose ``forward`` takes ``position_em
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,17 +16,21 @@ from transformers import PreTrainedModel
 __all__ = ["NoPositionEmbedding", "takes_rotary_positions", "turn_off_positions", "without_rotation"]
 
 # model_type -> attribute of the model (the one that holds the layers) with learned absolute position embeddings
-LEARNED_POSITIONS = {"gpt2": "wpe", "gpt_bigcode": "wpe"}
+LEARNED_POSITIONS = {"gpt2": "wpe", "gpt_bigcode": "wpe", "opt": "embed_positions"}
 # model_types that have no positions of their own
 NO_POSITIONS = frozenset({"bamba", "jamba", "kimi_linear", "nemotron_h", "zamba"})
+
+# model_types that do not hand position_ids to their mask, so that packed sequences would see each other
+PACKING_NOT_SEEN = frozenset({"biogpt", "opt"})
 
 
 class NoPositionEmbedding(nn.Module):
     """Stands where a learned position embedding was: adds nothing, at any position."""
 
-    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """A zero without dimensions, which leaves shape and type of what it is added to alone."""
-        return torch.zeros((), device=position_ids.device)
+        given = (argument for argument in (*args, *kwargs.values()) if isinstance(argument, torch.Tensor))
+        return torch.zeros((), device=next(given).device)
 
 
 def takes_rotary_positions(attention: nn.Module) -> bool:

@@ -37,7 +37,7 @@ class AttentionSettings:
 
 
 @functools.cache
-def calls_attention_interface(cls: type[nn.Module]) -> bool:
+def calls_attention_interface(cls: type) -> bool:
     """Whether a module's class dispatches through transformers' ``ALL_ATTENTION_FUNCTIONS``."""
     for member in vars(cls).values():
         function = inspect.unwrap(member) if callable(member) else member
@@ -76,7 +76,7 @@ def install(model: PreTrainedModel) -> None:
     if preset_of(model.config) is None:
         return
     flags = flags_of(model.config)
-    attentions = {name: module for name, module in _own_modules(model) if calls_attention_interface(type(module))}
+    attentions = {name: module for name, module in _own_modules(model) if calls_attention_interface(type(module))}  # type: ignore[arg-type]
     if not attentions:
         if next(installed_attentions(model), None) is None:
             raise NotImplementedError(_no_attention_message(model))

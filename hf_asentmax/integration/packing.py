@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .families import PACKING_NOT_SEEN
+
 __all__ = ["packing_pre_hook"]
 
 
@@ -28,6 +30,7 @@ def packing_pre_hook(
 
     Raises:
         ValueError: packed sequences together with a cache or a mask.
+        NotImplementedError: a family whose mask does not look at positions.
     """
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     position_ids = kwargs.get("position_ids")
@@ -41,14 +44,20 @@ def packing_pre_hook(
                 "past_key_values out"
             )
         if position_ids is None:
-            inputs = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
+            candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+            inputs = next((tensor for tensor in candidates if isinstance(tensor, torch.Tensor)), None)
             if inputs is None:
                 raise ValueError("expected input_ids or inputs_embeds beside cu_seq_lens")
             position_ids = _positions_from_boundaries(cu_seqlens, inputs.shape[1]).to(inputs.device)
-    if masked or cached or position_ids.ndim != 2:
+    if masked or cached or position_ids is None or position_ids.ndim != 2:
         return None
     if not torch.compiler.is_compiling() and not bool((position_ids.diff(dim=-1) != 1).any()):
         return None
+    if model.config.model_type in PACKING_NOT_SEEN:
+        raise NotImplementedError(
+            f"position_ids restart within a row, which means packed sequences, but {type(model).__name__} does not "
+            "hand them to its mask: sequences would see each other. Pad them instead, or pass a 4D attention_mask"
+        )
     if kwargs.get("use_cache"):
         raise ValueError(
             "position_ids restart within a row, which means packed sequences, and those can't be cached; "

@@ -14,6 +14,6 @@ class ASEntmaxAutoConfig(PreTrainedConfig):
     """Stands for the checkpoint's own config class, whichever family it is of."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """The family's config, read after hf_asentmax was imported."""
         return AutoConfig.from_pretrained(pretrained_model_name_or_path, **{**kwargs, "trust_remote_code": False})

@@ -1,0 +1,170 @@
+"""Properties of the mappings: what alpha-entmax promises, and that softmax would fail where it should."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.extra.numpy import arrays
+
+from hf_asentmax.mappings import adaptive_temperature_softmax, entmax, entmax_threshold, softmax, top_k_softmax
+
+from reference import assert_close, reference_entmax
+
+ALPHAS = (1.25, 1.5, 1.75, 2.0)
+rows = arrays(np.float64, st.integers(1, 40), elements=st.floats(-20, 20, width=32))
+alphas = st.sampled_from((1.05, *ALPHAS))
+
+
+@given(rows, alphas)
+@settings(max_examples=150, deadline=None)
+def test_is_the_definition(row: np.ndarray, alpha: float) -> None:
+    scores = torch.from_numpy(row)
+    assert torch.allclose(entmax(scores, alpha), reference_entmax(scores, alpha), atol=1e-9)
+
+
+@given(rows, st.sampled_from((1.0, 1.05, *ALPHAS)))
+@settings(max_examples=100, deadline=None)
+def test_sums_to_one_and_ignores_a_constant(row: np.ndarray, alpha: float) -> None:
+    scores = torch.from_numpy(row)
+    weights = entmax(scores, alpha)
+    assert bool((weights >= 0).all())
+    assert torch.allclose(weights.sum(), torch.ones((), dtype=torch.float64))
+    assert torch.allclose(entmax(scores + 17.25, alpha), weights, atol=1e-9)
+
+
+@given(rows, st.sampled_from(ALPHAS), st.floats(0, 10))
+@settings(max_examples=100, deadline=None)
+def test_a_key_at_or_below_the_threshold_changes_nothing(row: np.ndarray, alpha: float, below: float) -> None:
+    """Lemma 1 of the paper: weights do not vanish as irrelevant keys come in; softmax's do."""
+    scores = torch.from_numpy(row)
+    tau, maximum = entmax_threshold(scores, alpha)
+    irrelevant = (tau / (alpha - 1.0) + maximum - below).reshape(1)
+    longer = torch.cat([scores, irrelevant])
+    before, after = entmax(scores, alpha), entmax(longer, alpha)
+    assert torch.allclose(after[:-1], before, atol=1e-9)
+    assert after[-1] <= 1e-9
+    assert bool((softmax(longer)[:-1] < softmax(scores)).all())
+
+
+def test_exact_zeros_where_softmax_has_none() -> None:
+    scores = torch.tensor([3.0, 2.5, 0.0, -1.0])
+    assert (entmax(scores, 1.5) == 0).tolist() == [False, False, True, True]
+    assert (softmax(scores) > 0).all()
+
+
+def test_hand_computed() -> None:
+    # alpha = 2: the mean of the two largest minus 1/2 is the threshold, (1.0 + 0.6 - 1) / 2 = 0.3
+    assert torch.allclose(entmax(torch.tensor([1.0, 0.6, 0.0]), 2.0), torch.tensor([0.7, 0.3, 0.0]))
+    # alpha = 1.5: z' = (0.4, 0), tau with (0.4 - tau)^2 + tau^2 = 1: tau = 0.2 - sqrt(0.46)
+    tau = 0.2 - 0.46**0.5
+    expected = torch.tensor([(0.4 - tau) ** 2, tau**2])
+    assert torch.allclose(entmax(torch.tensor([0.8, 0.0]), 1.5), expected)
+
+
+@pytest.mark.parametrize("alpha", [1.5, 2.0])
+def test_agrees_with_the_entmax_package(alpha: float) -> None:
+    package = pytest.importorskip("entmax")
+    scores = torch.randn(64, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+    scores.requires_grad_()
+    theirs = (package.entmax15 if alpha == 1.5 else package.sparsemax)(scores)
+    ours = entmax(scores, alpha)
+    grad = torch.randn_like(ours)
+    assert_close("weights", ours, theirs, 1e-12)
+    assert torch.equal(ours > 0, theirs > 0)
+    (ours_grad,) = torch.autograd.grad(ours, scores, grad)
+    (theirs_grad,) = torch.autograd.grad(theirs, scores, grad)
+    assert_close("gradient", ours_grad, theirs_grad, 1e-10)
+
+
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0])
+def test_gradcheck(alpha: float) -> None:
+    # well apart, so that finite differences do not cross the edge of the support
+    scores = torch.tensor([[0.0, 0.9, 1.3, -3.0], [2.0, 1.7, 1.1, 0.2]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: entmax(z, alpha), (scores,), eps=1e-7, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alpha", [1.0, 1.05, *ALPHAS])
+def test_extreme_rows_stay_finite_and_right(dtype: torch.dtype, alpha: float) -> None:
+    inf = float("inf")
+    scores = torch.tensor(
+        [
+            [1e4, 0.0, -1e4, 1.0],
+            [-1e4, -1e4, -1e4, -1e4],
+            [1e4, 1e4, 1e4, 1e4],
+            [-inf, -inf, 3.0, -inf],
+            [-inf, -inf, -inf, -inf],
+            [0.0, -inf, 0.0, -inf],
+        ],
+        dtype=dtype,
+        requires_grad=True,
+    )
+    expected = torch.tensor([[1.0, 0, 0, 0], [0.25] * 4, [0.25] * 4, [0, 0, 1.0, 0], [0.0] * 4, [0.5, 0, 0.5, 0]])
+    weights = entmax(scores, alpha)
+    assert weights.dtype == torch.float32
+    assert torch.allclose(weights, expected, atol=1e-5)
+    (grad,) = torch.autograd.grad((weights * torch.arange(4.0)).sum(), scores)
+    assert bool(torch.isfinite(grad).all())
+    assert bool((grad[4] == 0).all()), "a row that sees no key must send no gradient"
+    assert bool((grad[scores == -inf] == 0).all())
+
+
+@pytest.mark.parametrize("kind", ["normal", "near-uniform", "sharp", "linear", "two-level"])
+@pytest.mark.parametrize("alpha", [1.05, *ALPHAS])
+def test_long_rows_in_float32(kind: str, alpha: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    normal = torch.randn(2, 8_000, dtype=torch.float64, generator=generator)
+    scores = {
+        "normal": normal,
+        "near-uniform": normal * 0.05,
+        "sharp": normal * 8,
+        "linear": -torch.linspace(0, 2, 8_000, dtype=torch.float64)[None],
+        "two-level": torch.cat([torch.zeros(1, 1), torch.full((1, 7_999), -1.9)], -1).double(),
+    }[kind]
+    assert_close("float64", entmax(scores, alpha), reference_entmax(scores, alpha), 1e-9)
+    assert_close("float32", entmax(scores.float(), alpha), reference_entmax(scores.float(), alpha), 1e-5)
+
+
+def test_the_compiled_mapping_is_the_same() -> None:
+    scores = torch.randn(8, 50, generator=torch.Generator().manual_seed(0)).masked_fill(
+        torch.eye(50)[:8] > 0, -torch.inf
+    )
+    compiled = torch.compile(lambda z: entmax(z, 1.5), fullgraph=True)
+    assert torch.allclose(compiled(scores), entmax(scores, 1.5), atol=1e-6)
+
+
+def test_top_k() -> None:
+    scores = torch.tensor([[1.0, 3.0, 2.0, -torch.inf]])
+    assert torch.allclose(top_k_softmax(scores, 2), softmax(torch.tensor([[-torch.inf, 3.0, 2.0, -torch.inf]])))
+    assert torch.equal(top_k_softmax(scores, 3), softmax(scores))
+    assert torch.equal(top_k_softmax(scores, 9), softmax(scores))
+    assert (top_k_softmax(torch.full((1, 5), -torch.inf), 2) == 0).all()
+    equal = top_k_softmax(torch.zeros(1, 6), 2)
+    assert (equal > 0).sum() == 2, "k keys, also among equals"
+
+
+def test_adaptive_temperature_sharpens_only_spread_rows() -> None:
+    spread, sharp = torch.zeros(1, 64), torch.tensor([[9.0, 0.0, 0.0]])
+    spread[0, 0] = 1.0
+    assert adaptive_temperature_softmax(spread)[0, 0] > softmax(spread)[0, 0]
+    assert torch.allclose(adaptive_temperature_softmax(sharp), softmax(sharp))
+
+
+@pytest.mark.parametrize("alpha", [0.9, 2.1, float("nan"), "1.5", True, None])
+def test_bad_alpha(alpha: object) -> None:
+    with pytest.raises(ValueError, match="alpha must be a number from 1"):
+        entmax(torch.zeros(3), alpha)  # type: ignore[arg-type]
+
+
+def test_integer_scores_are_refused() -> None:
+    with pytest.raises(TypeError, match="floating point, got torch.int64"):
+        entmax(torch.arange(4), 1.5)
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, True])
+def test_bad_k(k: object) -> None:
+    with pytest.raises(ValueError, match="top_k must be a whole number"):
+        top_k_softmax(torch.zeros(3), k)  # type: ignore[arg-type]
