@@ -1,0 +1,77 @@
+"""Which keys a query row may see, in the form that the kernels read: an interval a row, and flags for the rest.
+
+Causality and a sliding window follow from a row's position, so the kernels compute them in registers
+(``device.visible_interval``). Padding and packing need tensors; they are made here, on the device, without waiting for
+it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["RowRanges", "row_ranges"]
+
+
+class RowRanges(NamedTuple):
+    """The visible keys of row i of batch entry b: start[b, i] <= j < stop[b, i], and key_valid, and dense_mask.
+
+    Causality and the sliding window are not in here.
+
+    Attributes:
+        start, stop: (batch or 1, q_len) int32, or both None where neither padding nor packing limits a row.
+            Padding narrows them to the span from the first to the last valid key.
+        key_valid: (batch, kv_len) uint8, 1 for keys that are no padding; None without a padding mask.
+        has_holes: (batch,) int32, 1 where invalid keys lie between valid ones, so that key_valid must be read;
+            None without a padding mask. (Left or right padding alone is covered by start and stop.)
+        dense_mask: (batch, 1 or heads, q_len, kv_len) uint8, 1 where the query sees the key; None without a 4D mask.
+    """
+
+    start: torch.Tensor | None
+    stop: torch.Tensor | None
+    key_valid: torch.Tensor | None
+    has_holes: torch.Tensor | None
+    dense_mask: torch.Tensor | None
+
+
+def row_ranges(
+    q_len: int,
+    kv_len: int,
+    *,
+    attention_mask: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> RowRanges:
+    """Padding, packing and a free mask as intervals and flags.
+
+    Args:
+        q_len, kv_len: lengths; query i stands at key i + kv_len - q_len.
+        attention_mask: bool, (batch, kv_len), true where the key is no padding, or (batch, 1 or heads, q_len, kv_len),
+            true where the query sees the key.
+        cu_seqlens: (sequences + 1,) int, boundaries of the sequences packed into batch 1, from 0 to kv_len.
+
+    Returns:
+        The ranges; all their tensors are on the masks' device, and no value was read by the host.
+    """
+    start = stop = key_valid = has_holes = dense_mask = None
+    if attention_mask is not None and attention_mask.ndim == 4:
+        dense_mask = attention_mask.view(torch.uint8)
+    elif attention_mask is not None:
+        key_valid = attention_mask.contiguous().view(torch.uint8)
+        index = torch.arange(kv_len, device=attention_mask.device, dtype=torch.int32)
+        first = torch.where(attention_mask, index, kv_len).amin(dim=1, keepdim=True)
+        after_last = torch.where(attention_mask, index + 1, 0).amax(dim=1, keepdim=True)
+        has_holes = ((after_last - first) > attention_mask.sum(dim=1, keepdim=True)).to(torch.int32).reshape(-1)
+        start, stop = first.expand(-1, q_len), after_last.expand(-1, q_len)
+    if cu_seqlens is not None:
+        position = torch.arange(kv_len - q_len, kv_len, device=cu_seqlens.device)
+        boundary = cu_seqlens.to(torch.int64)
+        sequence = torch.bucketize(position, boundary, right=True)
+        last = boundary.shape[0] - 1
+        packed_start = boundary[(sequence - 1).clamp(0, last)].to(torch.int32)[None]
+        packed_stop = boundary[sequence.clamp(0, last)].to(torch.int32)[None]
+        start = packed_start if start is None else torch.maximum(start, packed_start)
+        stop = packed_stop if stop is None else torch.minimum(stop, packed_stop)
+    if start is not None and stop is not None:
+        start, stop = start.contiguous(), stop.contiguous()
+    return RowRanges(start, stop, key_valid, has_holes, dense_mask)
