@@ -1,0 +1,272 @@
+"""Every family: softmax settings equal the model's own attention, and nothing else does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+import hf_asentmax
+from hf_asentmax.integration.families import NoPositionEmbedding
+from hf_asentmax.integration.install import installed_attentions
+
+from tiny_models import FAMILIES, PRESETS, perturb_scalings, random_ids, tiny_config, tiny_model
+
+IDS = random_ids(2, 20)
+LEFT_PADDED = torch.ones_like(IDS)
+LEFT_PADDED[0, :6] = 0
+
+# Families nobody named in the code: the one rule has to carry them.
+UNNAMED = (
+    "apertus",
+    "arcee",
+    "cohere",
+    "exaone4",
+    "glm",
+    "granite",
+    "llama4_text",
+    "mixtral",
+    "nemotron",
+    "olmo3",
+    "phi",
+    "qwen3_moe",
+    "seed_oss",
+    "smollm3",
+    "stablelm",
+    "starcoder2",
+)
+
+
+def pair(family: str, flags: Any, implementation: str = "asentmax") -> tuple[PreTrainedModel, PreTrainedModel]:
+    """(the model's own softmax, ours) with equal weights."""
+    own = tiny_model(family, "eager" if family == "gemma2" else "sdpa")  # sdpa has no soft cap
+    ours = tiny_model(family, implementation, flags)
+    report = ours.load_state_dict(own.state_dict(), strict=False)
+    assert all("length_scaling" in key for key in report.missing_keys)
+    return own, ours
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: torch.Tensor = IDS, **kwargs: Any) -> torch.Tensor:
+    return model(ids, use_cache=False, **kwargs).logits
+
+
+def test_alpha_one_without_scaling_is_the_models_own_softmax(family: str) -> None:
+    own, ours = pair(family, {"alpha": 1, "scaling": "none"})
+    assert torch.allclose(logits(ours), logits(own), atol=2e-6)
+    shown = LEFT_PADDED.bool()
+    padded = logits(ours, attention_mask=LEFT_PADDED)[shown], logits(own, attention_mask=LEFT_PADDED)[shown]
+    assert torch.allclose(*padded, atol=2e-6)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_preset_is_the_models_own_softmax(family: str, preset: str) -> None:
+    flags = {"top_k": 2} if preset == "topk_softmax" else None
+    own, ours = pair(family, flags, preset)
+    with torch.no_grad():  # sharper or flatter rows, so that every preset has something to do
+        for model in (own, ours):
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 2 and "length_scaling" not in name:
+                    parameter.mul_(4)
+    assert not torch.allclose(logits(ours), logits(own), atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", UNNAMED)
+def test_families_that_nobody_named(model_type: str) -> None:
+    def build(implementation: str, flags: Any = None) -> PreTrainedModel:
+        config = AutoConfig.for_model(
+            model_type,
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=64,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+        if flags is not None:
+            config.asentmax = flags
+        return AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+
+    own, ours = build("sdpa"), build("asentmax", {"alpha": 1, "scaling": "none"})
+    ours.load_state_dict(own.state_dict())
+    assert torch.allclose(logits(ours), logits(own), atol=2e-6)
+    nape = build("asentmax", {"positions": "nape"})
+    nape.load_state_dict(own.state_dict(), strict=False)
+    perturb_scalings(nape)
+    alone = logits(nape, IDS[:1, 6:])
+    padded = logits(nape, attention_mask=LEFT_PADDED)[:1, 6:]
+    assert torch.allclose(padded, alone, atol=2e-6)
+
+
+@pytest.mark.parametrize("positions", ["nope", "alibi", "nape"])
+def test_positions_switch_the_models_own_off(family: str, positions: str) -> None:
+    """Without positions of its own, a model sees only order by ALiBi and by what is visible."""
+    model = tiny_model(family, "asentmax", {"positions": positions, "alpha": 1, "scaling": "none"})
+    shifted = torch.arange(20)[None] + 7  # rotary and learned positions would move; ours do not look at them
+    stretched = torch.arange(20)[None] * 3
+    plain = logits(model)
+    assert torch.allclose(logits(model, position_ids=shifted), plain, atol=1e-6)
+    # not packed: with a mask given, transformers takes positions as they are
+    mask = torch.ones_like(IDS)
+    assert torch.allclose(logits(model, position_ids=stretched, attention_mask=mask), plain, atol=1e-6)
+    own = tiny_model(family, "asentmax", {"positions": "model", "alpha": 1, "scaling": "none"})
+    differs = logits(own, position_ids=stretched, attention_mask=mask) - logits(own)
+    assert differs.abs().max() > 1e-5
+
+
+def test_nope_is_blind_to_the_order_of_what_it_sees(family: str) -> None:
+    model = tiny_model(family, "asentmax", {"positions": "nope"}, num_hidden_layers=1, **_full_attention(family))
+    perturb_scalings(model)
+    swapped = IDS.clone()
+    swapped[:, [17, 18]] = IDS[:, [18, 17]]
+    assert torch.allclose(logits(model)[:, -1], logits(model, swapped)[:, -1], atol=1e-6)
+    nape = tiny_model(family, "asentmax", {"positions": "nape"}, num_hidden_layers=1, **_full_attention(family))
+    assert (logits(nape)[:, -1] - logits(nape, swapped)[:, -1]).abs().max() > 1e-5
+    far = IDS.clone()
+    far[:, [3, 8]] = IDS[:, [8, 3]]
+    assert torch.allclose(logits(nape)[:, -1], logits(nape, far)[:, -1], atol=1e-6), "ALiBi's window under entmax"
+
+
+def _full_attention(family: str) -> dict[str, Any]:
+    if family.startswith("gemma"):
+        return {"layer_types": ["full_attention"]}
+    return {"sliding_window": None} if family in ("mistral", "phi3") else {}
+
+
+def test_gpt2_without_learned_positions_has_no_limit_of_length(transformers_log: list[str], tmp_path: Any) -> None:
+    model = tiny_model("gpt2", "asentmax", {"positions": "nape"}, n_positions=16)
+    assert isinstance(model.transformer.wpe, NoPositionEmbedding)
+    assert logits(model, random_ids(1, 40)).shape == (1, 40, 64)
+    tiny_model("gpt2", "sdpa", n_positions=16).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    config.asentmax = {"positions": "nape"}
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=config, attn_implementation="asentmax")
+    assert logits(loaded, random_ids(1, 40)).isfinite().all()
+
+
+@pytest.mark.parametrize(("family", "reaches"), [("mistral", 6), ("gemma2", 6), ("gemma3_text", 6), ("phi3", 6)])
+def test_sliding_windows_are_honoured(family: str, reaches: int) -> None:
+    settings: dict[str, Any] = {"num_hidden_layers": 1, "sliding_window": reaches}
+    if family.startswith("gemma"):
+        settings["layer_types"] = ["sliding_attention"]
+    model = tiny_model(family, "asentmax", {"positions": "nope", "scaling": "none", "alpha": 1.25}, **settings)
+    changed = IDS.clone()
+    changed[:, -1 - reaches] = 5 + (IDS[:, -1 - reaches] == 5).long()
+    assert torch.equal(logits(model)[:, -1], logits(model, changed)[:, -1]), "a key outside of the window was seen"
+    changed[:, -reaches] = 5 + (IDS[:, -reaches] == 5).long()
+    assert not torch.allclose(logits(model)[:, -1], logits(model, changed)[:, -1], atol=1e-7)
+
+
+def test_the_soft_cap_is_honoured() -> None:
+    flags = {"scaling": "none"}
+    capped = tiny_model("gemma2", "asentmax", flags, attn_logit_softcapping=0.01)
+    free = tiny_model("gemma2", "asentmax", flags, attn_logit_softcapping=None)
+    free.load_state_dict(capped.state_dict())
+    assert (logits(capped) - logits(free)).abs().max() > 1e-4
+
+
+def test_scaling_reaches_only_the_heads_without_alibi() -> None:
+    model = tiny_model("llama", "asentmax", {"positions": "nape", "alibi_heads": 3})
+    for _, attention in installed_attentions(model):
+        assert attention.length_scaling.beta_weight.shape == (1, 32)
+    everywhere = tiny_model("llama", "asentmax", {"positions": "alibi"})
+    assert next(installed_attentions(everywhere))[1].length_scaling.beta_weight.shape == (4, 32)
+
+
+def test_all_heads_with_alibi_leave_nothing_to_scale() -> None:
+    model = tiny_model("llama", "asentmax", {"positions": "nape", "alibi_heads": 4})
+    assert not any("length_scaling" in name for name, _ in model.named_parameters())
+    assert logits(model).isfinite().all()
+
+
+def test_more_alibi_heads_than_heads() -> None:
+    with pytest.raises(ValueError, match="alibi_heads must be at most the model's 4 heads, got 5"):
+        tiny_model("llama", "asentmax", {"positions": "nape", "alibi_heads": 5})
+
+
+def test_half_of_an_odd_number_of_heads() -> None:
+    with pytest.raises(ValueError, match="say how many with alibi_heads"):
+        tiny_model(
+            "llama", "asentmax", {"positions": "nape"}, hidden_size=36, num_attention_heads=3, num_key_value_heads=1
+        )
+
+
+def test_softmax_models_stay_untouched() -> None:
+    before = tiny_model("llama", "sdpa")
+    tiny_model("llama", "asentmax", {"positions": "nape"})
+    after = tiny_model("llama", "sdpa")
+    assert torch.equal(logits(before), logits(after))
+    assert not any(module._forward_pre_hooks for module in after.modules())
+    assert next(installed_attentions(after), None) is None
+
+
+def test_adaptive_temperature_is_for_inference() -> None:
+    own, ours = pair("llama", None, "adaptive_temperature")
+    assert torch.allclose(logits(ours.train()), logits(own.train()), atol=2e-6)
+    assert not torch.allclose(logits(ours.eval()), logits(own.eval()), atol=1e-5)
+
+
+def test_attention_weights_on_request() -> None:
+    model = tiny_model("llama", "asentmax", {"positions": "nape"})
+    with torch.no_grad():
+        weights = model(IDS, output_attentions=True, use_cache=False).attentions
+    assert len(weights) == 2 and weights[0].shape == (2, 4, 20, 20)
+    assert torch.allclose(weights[0].sum(-1), torch.ones(2, 4, 20))
+    assert (weights[0].tril() == weights[0]).all()
+
+
+def test_attention_sinks_are_refused() -> None:
+    config = AutoConfig.for_model(
+        "gpt_oss",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="asentmax")
+    with pytest.raises(NotImplementedError, match="attention sinks"):
+        model(IDS)
+
+
+def test_models_without_the_attention_interface_are_refused() -> None:
+    config = AutoConfig.for_model("codegen", vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
+    with pytest.raises(NotImplementedError, match="no attention that goes through transformers' attention interface"):
+        AutoModelForCausalLM.from_config(config, attn_implementation="asentmax")
+
+
+def test_unknown_positions_are_refused() -> None:
+    config = AutoConfig.for_model(
+        "biogpt", vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
+    )
+    config.asentmax = {"positions": "nope"}
+    with pytest.raises(NotImplementedError, match="does not know where BioGptModel"):
+        AutoModelForCausalLM.from_config(config, attn_implementation="asentmax")
+
+
+def test_importing_twice_is_safe() -> None:
+    from hf_asentmax.integration import register
+
+    post_init = PreTrainedModel.post_init
+    register()
+    assert PreTrainedModel.post_init is post_init
+    assert hf_asentmax.__version__
+
+
+def test_the_base_model_alone() -> None:
+    model = AutoModel.from_config(tiny_config("llama"), attn_implementation="asentmax")
+    assert isinstance(model, nn.Module)
+    assert len(list(installed_attentions(model))) == 2
+    assert len(FAMILIES) == 10

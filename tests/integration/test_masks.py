@@ -1,0 +1,155 @@
+"""A row gives the same output alone, left-padded, right-padded, packed, or through a 4D mask."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening, PreTrainedModel
+
+from tiny_models import perturb_scalings, random_ids, tiny_model
+
+FLAGS = {"positions": "nape"}
+FIRST, SECOND = random_ids(1, 7, seed=1), random_ids(1, 13, seed=2)
+
+
+@pytest.fixture
+def model(family: str) -> PreTrainedModel:
+    model = tiny_model(family, "asentmax", FLAGS)
+    perturb_scalings(model)
+    return model
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    return model(ids, **kwargs).logits
+
+
+def padded(side: str) -> tuple[torch.Tensor, torch.Tensor, slice]:
+    """Both rows in a batch, its mask, and where the first row's tokens stand."""
+    filler = torch.full((1, 6), 63)
+    first = [filler, FIRST] if side == "left" else [FIRST, filler]
+    ids = torch.cat([torch.cat(first, 1), SECOND])
+    mask = torch.ones_like(ids)
+    place = slice(6, None) if side == "left" else slice(None, 7)
+    mask[0] = 0
+    mask[0, place] = 1
+    return ids, mask, place
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding(model: PreTrainedModel, side: str) -> None:
+    ids, mask, place = padded(side)
+    out = logits(model, ids, attention_mask=mask)
+    assert torch.allclose(out[:1, place], logits(model, FIRST), atol=2e-6)
+    assert torch.allclose(out[1:], logits(model, SECOND), atol=2e-6)
+
+
+def test_a_mask_of_ones_changes_nothing(model: PreTrainedModel) -> None:
+    assert torch.allclose(
+        logits(model, SECOND, attention_mask=torch.ones_like(SECOND)), logits(model, SECOND), atol=2e-6
+    )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_packed_by_positions(model: PreTrainedModel, training: bool) -> None:
+    """Also with the default use_cache=True, where transformers itself would let documents see each other."""
+    ids = torch.cat([FIRST, SECOND], 1)
+    positions = torch.cat([torch.arange(7), torch.arange(13)])[None]
+    out = logits(model.train(training), ids, position_ids=positions)
+    alone = torch.cat([logits(model, FIRST), logits(model, SECOND)], 1)
+    assert torch.allclose(out, alone, atol=2e-6)
+
+
+@pytest.mark.parametrize("flash_kwargs", [False, True])
+def test_packed_by_the_collator(model: PreTrainedModel, flash_kwargs: bool) -> None:
+    features = [{"input_ids": ids[0].tolist()} for ids in (FIRST, SECOND)]
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=flash_kwargs, return_tensors="pt")(features)
+    batch.pop("labels")
+    if flash_kwargs:
+        assert "cu_seq_lens_q" in batch
+        batch.pop("position_ids", None)
+    alone = torch.cat([logits(model, FIRST), logits(model, SECOND)], 1)
+    assert torch.allclose(logits(model, batch.pop("input_ids"), **batch), alone, atol=2e-6)
+
+
+def test_packed_with_inputs_embeds(model: PreTrainedModel) -> None:
+    ids = torch.cat([FIRST, SECOND], 1)
+    cu_seqlens = torch.tensor([0, 7, 20], dtype=torch.int32)
+    embeds = model.get_input_embeddings()(ids)
+    with torch.no_grad():
+        out = model(inputs_embeds=embeds, cu_seq_lens_q=cu_seqlens, cu_seq_lens_k=cu_seqlens).logits
+    assert torch.allclose(out, logits(model, ids, cu_seq_lens_q=cu_seqlens), atol=2e-6)
+
+
+def test_packed_sequences_and_a_cache_or_a_mask_do_not_go_together() -> None:
+    model = tiny_model("llama", "asentmax", FLAGS)
+    ids = torch.cat([FIRST, SECOND], 1)
+    positions = torch.cat([torch.arange(7), torch.arange(13)])[None]
+    with pytest.raises(ValueError, match="can't be cached"):
+        model(ids, position_ids=positions, use_cache=True)
+    with pytest.raises(ValueError, match="without padding or cache"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 7, 20]), attention_mask=torch.ones_like(ids))
+
+
+def test_a_family_that_can_not_pack_says_so() -> None:
+    config = AutoConfig.for_model(
+        "opt",
+        vocab_size=64,
+        hidden_size=32,
+        ffn_dim=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="asentmax").eval()
+    with pytest.raises(NotImplementedError, match="packed sequences"):
+        model(torch.cat([FIRST, SECOND], 1), position_ids=torch.cat([torch.arange(7), torch.arange(13)])[None])
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_4d_masks(kind: str) -> None:
+    model = tiny_model("llama", "asentmax", FLAGS)
+    perturb_scalings(model)
+    ids, mask, place = padded("left")
+    visible = torch.ones(13, 13).tril().bool()[None, None] & mask.bool()[:, None, None]
+    if kind == "float":
+        visible = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+    out = logits(model, ids, attention_mask=visible)
+    assert torch.allclose(out[:1, place], logits(model, FIRST), atol=2e-6)
+
+
+def test_a_4d_mask_with_a_bias_is_refused() -> None:
+    model = tiny_model("llama", "asentmax")
+    with pytest.raises(NotImplementedError, match="adds values other than 0 and minus infinity"):
+        model(FIRST, attention_mask=torch.full((1, 1, 7, 7), -0.5))
+
+
+def test_the_length_scaling_counts_visible_keys_and_not_positions() -> None:
+    """With gamma at work the output depends on n; a padded row must not count its padding."""
+    model = tiny_model("llama", "asentmax", {"positions": "nope"}, num_hidden_layers=1)
+    perturb_scalings(model)
+    ids, mask, place = padded("left")
+    expected = logits(model, FIRST)
+    assert torch.allclose(logits(model, ids, attention_mask=mask)[:1, place], expected, atol=2e-6)
+    scaling = model.model.layers[0].self_attn.length_scaling
+    hidden = torch.randn(1, 2, 32)
+    few, many = (scaling(hidden, torch.full((1, 1, 2), n)) for n in (7, 13))
+    assert not torch.allclose(few, many), "the test would not notice a wrong count"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_leak_into_gradients(side: str) -> None:
+    model = tiny_model("llama", "asentmax", FLAGS)
+    perturb_scalings(model)
+    ids, mask, place = padded(side)
+
+    def gradients(out: torch.Tensor) -> list[torch.Tensor]:
+        loss = out.log_softmax(-1)[0, :, 5].sum()
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    alone = gradients(model(FIRST).logits)
+    in_batch = gradients(model(ids, attention_mask=mask).logits[:1, place])
+    for a, b in zip(alone, in_batch, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
