@@ -103,6 +103,8 @@ def asentmax_attention_forward(
         if hidden_states is None:
             raise RuntimeError(f"the layer's input did not reach the attention function of {type(module).__name__}")
         count = _visible_count(query.shape[2], key.shape[2], causal, attention_mask, sliding_window, query.device)
+        if count.shape[1] > 1:  # a mask per head
+            count = count[:, settings.num_unscaled_heads :]
         query = _scaled_query(query, length_scaling(hidden_states, count), settings.num_unscaled_heads)
     slopes = None
     if settings.num_alibi_heads > 0:
