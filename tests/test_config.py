@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import tiny_config
 
 from hf_asentmax import ASEntmaxConfig
 from hf_asentmax.config import ALIBI_SLOPES, POSITIONS, PRESETS, SCALINGS
+
+from tiny_models import tiny_config
 
 FLAGS = ("alpha", "scaling", "delta", "gamma_range", "positions", "alibi_heads", "alibi_slopes", "top_k")
 # of each flag: a value that is right somewhere, and the flags it needs beside it
@@ -101,9 +102,7 @@ def test_presets_are_exactly_the_contracts():
         ("entmax", {"alpha": 1.5, "scaling": "asentmax"}, {"scaling": "asentmax"}),
     ],
 )
-def test_explicit_flag_wins_over_the_preset(
-    name: str, flags: dict[str, Any], expected: dict[str, Any], as_dict: bool
-):
+def test_explicit_flag_wins_over_the_preset(name: str, flags: dict[str, Any], expected: dict[str, Any], as_dict: bool):
     config = ASEntmaxConfig.from_preset(name, flags if as_dict else ASEntmaxConfig(**flags))
     assert {flag: getattr(config, flag) for flag in expected} == expected
 
