@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["alibi_positions", "query_positions", "visible_keys"]
+__all__ = ["alibi_positions", "query_positions", "visible_count", "visible_keys"]
 
 
 def query_positions(q_len: int, kv_len: int, device: torch.device | str) -> torch.Tensor:
@@ -56,6 +56,44 @@ def visible_keys(
     for part in parts[1:]:
         visible = visible & part
     return visible.reshape((1,) * (4 - visible.ndim) + tuple(visible.shape))
+
+
+def visible_count(
+    q_len: int,
+    kv_len: int,
+    *,
+    is_causal: bool,
+    attention_mask: torch.Tensor | None,
+    sliding_window: int | None,
+    device: torch.device | str,
+) -> torch.Tensor:
+    """How many keys each query sees: the row sums of `visible_keys`, in memory linear in the lengths.
+
+    Returns:
+        (batch or 1, heads or 1, q_len) int64.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        visible = visible_keys(
+            q_len,
+            kv_len,
+            is_causal=is_causal,
+            attention_mask=attention_mask,
+            cu_seqlens=None,
+            sliding_window=sliding_window,
+            device=device,
+        )
+        assert visible is not None
+        return visible.sum(dim=-1)
+    position = query_positions(q_len, kv_len, device)
+    last = position if is_causal else torch.full_like(position, kv_len - 1)
+    before = torch.full_like(position, -1)  # the last key before the first visible one
+    if sliding_window is not None:
+        last = torch.minimum(last, position + (sliding_window - 1))
+        before = torch.maximum(before, position - sliding_window)
+    if attention_mask is None:
+        return (last.clamp_max(kv_len - 1) - before)[None, None]
+    counted = torch.nn.functional.pad(attention_mask.to(torch.int64).cumsum(dim=-1), (1, 0))
+    return (counted[:, last.clamp_max(kv_len - 1) + 1] - counted[:, before + 1])[:, None]
 
 
 def alibi_positions(position: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 
 from ..config import PRESETS
 from ..scaling import LengthScaling
 from .forward import asentmax_attention_forward
+from .masks import asentmax_mask
 from .patches import apply_patches
 
 __all__ = ["register"]
@@ -19,7 +19,7 @@ def register() -> None:
     for name in PRESETS:
         AttentionInterface.register(name, asentmax_attention_forward)
         # Without a mask function a name gets no mask at all, and padding would be ignored
-        AttentionMaskInterface.register(name, sdpa_mask)
+        AttentionMaskInterface.register(name, asentmax_mask)
     if LengthScaling not in ALL_LAYERNORM_LAYERS:
         # Trainer decays every weight but biases and those of the layer types listed here
         ALL_LAYERNORM_LAYERS.append(LengthScaling)  # type: ignore[arg-type]

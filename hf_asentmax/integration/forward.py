@@ -13,7 +13,7 @@ from transformers.utils import TransformersKwargs, logging
 from ..attention import entmax_attention
 from ..eager import eager_attention
 from ..mappings import adaptive_temperature_softmax, entmax, softmax, top_k_softmax
-from ..masks import alibi_positions, query_positions, visible_keys
+from ..masks import alibi_positions, query_positions, visible_count, visible_keys
 from ..positions import alibi_slopes
 from .install import AttentionSettings, scaling_of
 from .names import HIDDEN_STATES_ARGUMENT, SETTINGS_ATTRIBUTE
@@ -60,11 +60,12 @@ def asentmax_attention_forward(
         module: an attention module that `install` has prepared.
         query: (batch, heads, q_len, head_dim).
         key, value: (batch, kv_heads, kv_len, head_dim).
-        attention_mask: what the mask function made: bool (batch, 1, q_len, kv_len), or None where purely causal.
+        attention_mask: what `asentmax_mask` made: bool (batch, 1, q_len, kv_len) that holds everything, bool
+            (batch, kv_len) padding beside causality, or None where purely causal.
         scaling: the model's own factor on the scores, default 1/sqrt(head_dim).
         dropout: probability of dropping a weight.
         softcap: cap on the (length-scaled) scores.
-        sliding_window: the layer's window; already part of a mask that is given.
+        sliding_window: the layer's window; already part of a 4D mask.
         is_causal: False for a model that was configured to be bidirectional.
 
     Returns:
@@ -94,7 +95,8 @@ def asentmax_attention_forward(
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     if attention_mask is not None:
         attention_mask = _boolean_mask(attention_mask)
-        causal, sliding_window = False, None  # the mask holds both
+        if attention_mask.ndim == 4:
+            causal, sliding_window = False, None  # the mask holds both
 
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     length_scaling = scaling_of(module)
@@ -102,7 +104,14 @@ def asentmax_attention_forward(
         hidden_states = kwargs.get(HIDDEN_STATES_ARGUMENT)
         if hidden_states is None:
             raise RuntimeError(f"the layer's input did not reach the attention function of {type(module).__name__}")
-        count = _visible_count(query.shape[2], key.shape[2], causal, attention_mask, sliding_window, query.device)
+        count = visible_count(
+            query.shape[2],
+            key.shape[2],
+            is_causal=causal,
+            attention_mask=attention_mask,
+            sliding_window=sliding_window,
+            device=query.device,
+        )
         if count.shape[1] > 1:  # a mask per head
             count = count[:, settings.num_unscaled_heads :]
         query = _scaled_query(query, length_scaling(hidden_states, count), settings.num_unscaled_heads)
@@ -189,25 +198,6 @@ def _boolean_mask(mask: torch.Tensor) -> torch.Tensor:
             "that show or hide keys (boolean, or 0 and torch.finfo(dtype).min)"
         )
     return visible
-
-
-def _visible_count(
-    q_len: int,
-    kv_len: int,
-    causal: bool,
-    mask: torch.Tensor | None,
-    sliding_window: int | None,
-    device: torch.device,
-) -> torch.Tensor:
-    """How many keys each query sees: (batch or 1, heads or 1, q_len)."""
-    if mask is not None:
-        count = mask.sum(dim=-1)
-        return count[:, None, None].expand(-1, 1, q_len) if mask.ndim == 2 else count
-    if causal:
-        count = query_positions(q_len, kv_len, device) + 1
-        count = count if sliding_window is None else count.clamp_max(sliding_window)
-        return count[None, None]
-    return torch.full((1, 1, q_len), kv_len, device=device)
 
 
 def _scaled_query(query: torch.Tensor, factor: torch.Tensor, num_unscaled_heads: int) -> torch.Tensor:
