@@ -140,6 +140,12 @@ def _attention_pre_hook(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Bring the layer's input to the attention function, and rotary positions that don't rotate to the attention."""
     settings: AttentionSettings = getattr(attention, SETTINGS_ATTRIBUTE)
+    if preset_of(attention.config) is None:  # type: ignore[arg-type]
+        raise RuntimeError(
+            f"the config of a model with hf_asentmax's attention was changed to attn_implementation="
+            f"{attention.config._attn_implementation!r} after it was built, and would run without it. "  # type: ignore[union-attr]
+            "Give each model its own config"
+        )
     kwargs = dict(kwargs)
     kwargs[HIDDEN_STATES_ARGUMENT] = args[0] if args else kwargs.get("hidden_states")
     if settings.rotary_off:

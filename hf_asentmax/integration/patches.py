@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -21,16 +23,18 @@ _MARK = "_wrapped_by_hf_asentmax"
 
 
 def _wrap(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    original = getattr(owner, name)
+    method = inspect.getattr_static(owner, name)
+    original = method.__func__ if isinstance(method, classmethod) else method
     if getattr(original, _MARK, False):
         return
     wrapped = functools.wraps(original)(make(original))
     setattr(wrapped, _MARK, True)
-    setattr(owner, name, wrapped)
+    setattr(owner, name, classmethod(wrapped) if isinstance(method, classmethod) else wrapped)
 
 
 def apply_patches() -> None:
     """Wrap transformers' methods, once per process."""
+    _wrap(PreTrainedModel, "_from_config", _leaving_the_config_alone)
     _wrap(PreTrainedModel, "_check_and_adjust_attn_implementation", _resolving_flags)
     _wrap(PreTrainedModel, "post_init", _installing)
     _wrap(PreTrainedModel, "_initialize_weights", _initialising_scalings)
@@ -74,6 +78,26 @@ def resolve_implementation(config: PreTrainedConfig, requested: str | None) -> s
 def _from_file(flags: Any) -> bool:
     """Whether flags were read from a config.json that the plugin wrote: a dict that names all of them."""
     return isinstance(flags, dict) and set(flags) == set(ASEntmaxConfig().to_dict())
+
+
+def _asks_for_a_preset(attn_implementation: str | dict[str, Any] | None) -> bool:
+    """Whether an implementation, or one of those given per sub-config, is a preset."""
+    if isinstance(attn_implementation, dict):
+        return any(_asks_for_a_preset(part) for part in attn_implementation.values())
+    return attn_implementation in PRESETS
+
+
+def _leaving_the_config_alone(original: Callable[..., Any]) -> Callable[..., Any]:
+    """transformers writes the implementation into the config that it is given, and models read it there in every
+    forward: a softmax model built from the same object would turn into another, or an ASEntmax model into softmax.
+    """
+
+    def _from_config(cls: type[PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        if _asks_for_a_preset(kwargs.get("attn_implementation")):
+            config = copy.deepcopy(config)
+        return original(cls, config, **kwargs)
+
+    return _from_config
 
 
 def _resolving_flags(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,11 +145,9 @@ def _refusing_to_switch(original: Callable[..., Any]) -> Callable[..., Any]:
     """A built model has parameters and hooks of its implementation; switching would leave or miss them."""
 
     def set_attn_implementation(self: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        names = list(attn_implementation.values()) if isinstance(attn_implementation, dict) else [attn_implementation]
         installed = next(installed_attentions(self), None) is not None
-        wants_ours = any(name in PRESETS for name in names)
         current = self.config._attn_implementation
-        if (installed or wants_ours) and attn_implementation != current:
+        if (installed or _asks_for_a_preset(attn_implementation)) and attn_implementation != current:
             raise ValueError(
                 f"the attention of a built model can't be switched from {current!r} to {attn_implementation!r}: "
                 "hf_asentmax's presets have parameters and hooks of their own. Load the model again with "
