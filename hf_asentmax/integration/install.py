@@ -78,8 +78,7 @@ def install(model: PreTrainedModel) -> None:
     flags = flags_of(model.config)
     attentions = {name: module for name, module in _own_modules(model) if calls_attention_interface(type(module))}  # type: ignore[arg-type]
     if not attentions:
-        if next(installed_attentions(model), None) is None:
-            raise NotImplementedError(_no_attention_message(model))
+        _check_parts(model)
         return
     for name, attention in attentions.items():
         _check_attention(model, name, attention, flags)
@@ -90,11 +89,26 @@ def install(model: PreTrainedModel) -> None:
     model.register_forward_pre_hook(packing_pre_hook, with_kwargs=True)
 
 
+def _check_parts(model: PreTrainedModel) -> None:
+    """A model without attention of its own holds models that have it: a head's base model, or a composite's parts."""
+    installed = [attention for _, attention in installed_attentions(model)]
+    if not installed:
+        raise NotImplementedError(_no_attention_message(model))
+    flags = getattr(model.config, "asentmax", None)
+    if flags is not None and all(attention.config is not model.config for attention in installed):
+        raise ValueError(
+            f"config.asentmax is set on {type(model.config).__name__}, and the attention belongs to a part of "
+            f"{type(model).__name__}, which would not see it: set it on that part, e.g. config.text_config.asentmax"
+        )
+
+
 def _no_attention_message(model: PreTrainedModel) -> str:
     return (
         f"{type(model).__name__} (model_type {model.config.model_type!r}) has no attention that goes through "
         "transformers' attention interface (ALL_ATTENTION_FUNCTIONS), so hf_asentmax can't change it. Use a decoder "
-        "that does (Llama, Mistral, Qwen, Gemma, OLMo, Phi-3, GPT-2, GPT-NeoX and most recent families)"
+        "that does (Llama, Mistral, Qwen, Gemma, OLMo, Phi-3, GPT-2, GPT-NeoX and most recent families). A composite "
+        "model names its parts: attn_implementation={'text_config': 'asentmax', 'vision_config': 'sdpa'}, with flags "
+        "in config.text_config.asentmax"
     )
 
 

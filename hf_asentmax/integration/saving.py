@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,28 @@ def _own_flags(config: PreTrainedConfig) -> ASEntmaxConfig | None:
     return None if flags is None else ASEntmaxConfig.from_preset("asentmax", flags)
 
 
+def _parts(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
+    """The sub-configs of a composite model's config, with their keys."""
+    for key in getattr(config, "sub_configs", {}):
+        part = getattr(config, key, None)
+        if isinstance(part, PreTrainedConfig):
+            yield key, part
+
+
 def is_ours(config: PreTrainedConfig) -> bool:
     """Whether a config, or one of its sub-configs, has an attention of ours."""
-    if _own_flags(config) is not None:
-        return True
-    parts = (getattr(config, key, None) for key in getattr(config, "sub_configs", {}))
-    return any(is_ours(part) for part in parts if isinstance(part, PreTrainedConfig))
+    return _own_flags(config) is not None or any(is_ours(part) for _, part in _parts(config))
+
+
+def _file_implementation(config: PreTrainedConfig) -> str | dict[str, Any] | None:
+    """The ``attn_implementation`` entry: for a composite model one per part, as transformers hands a name alone down
+    to every part, and an absent entry too.
+    """
+    own = FILE_IMPLEMENTATION if _own_flags(config) is not None else None
+    of_parts = {key: _file_implementation(part) for key, part in _parts(config)}
+    if not of_parts:
+        return own
+    return {key: name for key, name in {"": own, **of_parts}.items() if name is not None} or None
 
 
 def _with_flags(config: PreTrainedConfig, entries: dict[str, Any]) -> dict[str, Any]:
@@ -37,10 +54,11 @@ def _with_flags(config: PreTrainedConfig, entries: dict[str, Any]) -> dict[str, 
     flags = _own_flags(config)
     if flags is not None:
         entries["asentmax"] = flags.to_dict()
-        entries["attn_implementation"] = FILE_IMPLEMENTATION
-    for key in getattr(config, "sub_configs", {}):
-        part = getattr(config, key, None)
-        if isinstance(part, PreTrainedConfig) and isinstance(entries.get(key), dict):
+    implementation = _file_implementation(config)
+    if implementation is not None:
+        entries["attn_implementation"] = implementation
+    for key, part in _parts(config):
+        if isinstance(entries.get(key), dict):
             entries[key] = _with_flags(part, entries[key])
     return entries
 
