@@ -71,9 +71,11 @@ def write_config_file(config: PreTrainedConfig, path: str | Path, use_diff: bool
     """
     path = Path(path)
     entries = _with_flags(config, json.loads(config.to_json_string(use_diff=use_diff)))
+    own_class = f"{REMOTE_MODULE}.{REMOTE_CLASS}"
     auto_map = dict(entries.get("auto_map") or {})
-    auto_map.setdefault("AutoConfig", f"{REMOTE_MODULE}.{REMOTE_CLASS}")
+    # some versions of transformers put the repository of a downloaded checkpoint before the entry: "repository--..."
+    if auto_map.get("AutoConfig", own_class).endswith(own_class):
+        auto_map["AutoConfig"] = own_class
+        shutil.copyfile(Path(__file__).with_name("remote_config.py"), path.with_name(f"{REMOTE_MODULE}.py"))
     entries["auto_map"] = auto_map
     path.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    if auto_map["AutoConfig"] == f"{REMOTE_MODULE}.{REMOTE_CLASS}":
-        shutil.copyfile(Path(__file__).with_name("remote_config.py"), path.with_name(f"{REMOTE_MODULE}.py"))
