@@ -78,6 +78,7 @@ def entmax_attention(
     """
     _check_alpha(alpha)
     _check_tensors(query, key, value)
+    _check_scalars(scale, is_causal, sliding_window, softcap)
     heads, q_len, head_dim = query.shape[1:]
     kv_len = key.shape[2]
     if scale is None:
@@ -89,10 +90,6 @@ def entmax_attention(
     attention_mask = _checked_attention_mask(attention_mask, query, kv_len)
     _check_alibi_slopes(alibi_slopes, heads, query.device)
     _check_cu_seqlens(cu_seqlens, query, kv_len)
-    if sliding_window is not None and (isinstance(sliding_window, bool) or not sliding_window >= 1):
-        raise ValueError(f"sliding_window must be a whole number of at least 1, got {sliding_window!r}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap must be positive, got {softcap!r}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
@@ -163,6 +160,32 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
         raise ValueError("key has length 0; attention needs at least one key")
 
 
+def _is_number(value: object, low: float, high: float) -> bool:
+    """Whether value is a number strictly between low and high, which NaN is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and low < value < high
+
+
+def _check_scalars(scale: float | None, is_causal: bool, sliding_window: int | None, softcap: float | None) -> None:
+    if scale is not None and not _is_number(scale, -math.inf, math.inf):
+        raise ValueError(f"scale must be a finite number, got {scale!r}")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
+    if sliding_window is not None and not (isinstance(sliding_window, int) and _is_number(sliding_window, 0, math.inf)):
+        raise ValueError(f"sliding_window must be a whole number of at least 1, got {sliding_window!r}")
+    if softcap is not None and not _is_number(softcap, 0, math.inf):
+        raise ValueError(f"softcap must be a finite number above 0, got {softcap!r}")
+
+
+def _values_can_be_read(tensor: torch.Tensor) -> bool:
+    """Whether checking a tensor's values is free: on a GPU the host would wait, in a compiled graph it would break."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _kind(value: object) -> str:
+    """What came instead of a tensor, or a tensor's type, for a message."""
+    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+
+
 def _checked_attention_mask(mask: torch.Tensor | None, query: torch.Tensor, kv_len: int) -> torch.Tensor | None:
     """The mask as bool, after checking its type, shape and device."""
     if mask is None:
@@ -192,18 +215,22 @@ def _check_alibi_slopes(slopes: torch.Tensor | None, heads: int, device: torch.d
     if slopes is None:
         return
     if not isinstance(slopes, torch.Tensor) or not slopes.is_floating_point():
-        raise TypeError("alibi_slopes must be a floating point tensor of shape (heads,)")
+        raise TypeError(f"alibi_slopes must be a floating point tensor of shape (heads,), got {_kind(slopes)}")
     if tuple(slopes.shape) != (heads,):
         raise ValueError(f"alibi_slopes must have one slope a head, ({heads},), got {tuple(slopes.shape)}")
     if slopes.device != device:
         raise ValueError(f"alibi_slopes is on {slopes.device}, query on {device}")
+    if _values_can_be_read(slopes) and not bool(((slopes >= 0) & (slopes < torch.inf)).all()):
+        raise ValueError(f"alibi_slopes must be finite and at least 0, got {slopes.tolist()}")
 
 
 def _check_cu_seqlens(cu_seqlens: torch.Tensor | None, query: torch.Tensor, kv_len: int) -> None:
     if cu_seqlens is None:
         return
     if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError("cu_seqlens must be an int32 or int64 tensor of shape (sequences + 1,)")
+        raise TypeError(
+            f"cu_seqlens must be an int32 or int64 tensor of shape (sequences + 1,), got {_kind(cu_seqlens)}"
+        )
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
         raise ValueError(f"cu_seqlens must be (sequences + 1,), at least 2 long, got {tuple(cu_seqlens.shape)}")
     if query.shape[0] != 1 or query.shape[2] != kv_len:
@@ -213,7 +240,7 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor | None, query: torch.Tensor, kv_l
         )
     if cu_seqlens.device != query.device:
         raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, query on {query.device}")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU this would wait for the host
+    if _values_can_be_read(cu_seqlens):
         steps = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != kv_len or bool((steps < 0).any()):
             raise ValueError(f"cu_seqlens must rise from 0 to kv_len = {kv_len}, got {cu_seqlens.tolist()}")

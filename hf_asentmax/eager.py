@@ -81,12 +81,12 @@ def eager_attention(
     rows = max(1, _SCORES_AT_ONCE // max(1, batch * heads * kv_len))
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if needs_grad or torch.compiler.is_compiling() or return_weights or rows >= q_len:
-        rows = q_len
+        rows = max(1, q_len)
     # An enclosing autocast would round the scores to half precision
     with torch.autocast(query.device.type, enabled=False):
         working_query, working_key, working_value = (tensor.to(dtype) for tensor in (query, key, value))
         parts = []
-        for start in range(0, q_len, rows):
+        for start in range(0, max(1, q_len), rows):  # an empty query too gives an output
             stop = min(start + rows, q_len)
             part_visible = visible if visible is None or visible.shape[2] == 1 else visible[:, :, start:stop]
             part, weights = _attend(
