@@ -47,8 +47,9 @@ def mean_gradient_kernel(
 
 
 @triton.jit
-def _append_blocks(blocks, count, live, stride, total, kind: tl.constexpr):
-    """Appends to the list the indices i < total with live[i * stride] == kind; the new count."""
+def _list_blocks(blocks, live, stride, total, kind: tl.constexpr):
+    """Lists the indices i < total with live[i * stride] == kind; how many there are."""
+    count = 0
     for chunk in range(0, total, _CHUNK):
         index = chunk + tl.arange(0, _CHUNK)
         keep = tl.load(live + index.to(tl.int64) * stride, mask=index < total, other=0) == kind
@@ -120,8 +121,8 @@ def query_gradient_kernel(
     row_position = tl.arange(0, BM).to(tl.float32)
     live = block_map + map_row * key_blocks
     blocks = block_lists + (group.to(tl.int64) * row_blocks + row_block) * key_blocks
-    masked = _append_blocks(blocks, 0, live, 1, key_blocks, _MASKED)
-    total = _append_blocks(blocks, masked, live, 1, key_blocks, _FULL)
+    masked = _list_blocks(blocks, live, 1, key_blocks, _MASKED)
+    total = masked + _list_blocks(blocks + masked, live, 1, key_blocks, _FULL)
     tl.debug_barrier()
 
     start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
@@ -217,8 +218,8 @@ def key_gradient_kernel(
         group = batch * heads + head
         live = block_map + group.to(tl.int64) * row_blocks * key_blocks + first_key // KB
         tl.debug_barrier()
-        masked = _append_blocks(blocks, 0, live, key_blocks, row_blocks, _MASKED)
-        total = _append_blocks(blocks, masked, live, key_blocks, row_blocks, _FULL)
+        masked = _list_blocks(blocks, live, key_blocks, row_blocks, _MASKED)
+        total = masked + _list_blocks(blocks + masked, live, key_blocks, row_blocks, _FULL)
         tl.debug_barrier()
         slope = 0.0
         if scoring.slopes is not None:

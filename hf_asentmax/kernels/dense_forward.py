@@ -36,6 +36,7 @@ _MASKED = tl.constexpr(2)
 _FIRST_PASS = tl.constexpr(3)
 _CHUNK = tl.constexpr(128)
 _MAX_PASSES = tl.constexpr(24)
+_MAX_OUTPUTS = tl.constexpr(4)
 
 
 @triton.jit
@@ -267,10 +268,10 @@ def dense_forward_kernel(
     unknown = sees & (floor == float("-inf"))
     if tl.max(unknown.to(tl.int32), 0) > 0:
         top = floor
-        for first_key in range(low, high, BN):
+        for step in range(0, tl.cdiv(high - low, BN)):
             score = _tile_scores(
                 q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop,
-                first_key, q_len, kv_len, True, BN, D, HEAD_DIM, PRECISION,
+                low + step * BN, q_len, kv_len, True, BN, D, HEAD_DIM, PRECISION,
             )  # fmt: skip
             top = tl.maximum(top, tl.max(score, 1))
         tau = tl.where(unknown, top - 1.0, tau)
@@ -304,32 +305,31 @@ def dense_forward_kernel(
         full_high = full_low
     masked, total = _list_blocks(blocks, low_block, full_low, full_high, high_block)
 
-    passes = 0
     going = total > 0
-    while going:
-        sum_p = tl.zeros([BM], tl.float32)
-        sum_s = tl.zeros([BM], tl.float32)
-        mark = _FIRST_PASS + passes
-        sum_p, sum_s = _sum_pass(
-            sum_p, sum_s, tau, live, blocks, 0, masked, mark,
-            q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
-            True, BN, KB, D, HEAD_DIM, PRECISION,
-        )  # fmt: skip
-        sum_p, sum_s = _sum_pass(
-            sum_p, sum_s, tau, live, blocks, masked, total, mark,
-            q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
-            False, BN, KB, D, HEAD_DIM, PRECISION,
-        )  # fmt: skip
-        norm, step = _newton_step(sum_p, sum_s, scoring.exponent)
-        below = (norm >= 1.0) | (tau == float("inf"))
-        residual = tl.where(sees & (step > 1e-6 * tl.abs(tau)), (norm - 1.0) * (norm - 1.0), 0.0)
-        residual = tl.where(sees & (norm == 0.0), 1.0, residual)
-        tau = tl.where(sees, tl.maximum(tl.where(norm > 0, tau + step, floor), floor), tau)
-        if tl.min(below.to(tl.int32), 0) == 1:
-            tl.debug_barrier()
-            masked, total = _keep_live(blocks, live, masked, total, mark)
-        passes += 1
-        going = (tl.max(residual, 0) > tolerance) & (passes < _MAX_PASSES)
+    for attempt in range(_MAX_PASSES):
+        if going:
+            sum_p = tl.zeros([BM], tl.float32)
+            sum_s = tl.zeros([BM], tl.float32)
+            mark = _FIRST_PASS + attempt
+            sum_p, sum_s = _sum_pass(
+                sum_p, sum_s, tau, live, blocks, 0, masked, mark,
+                q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
+                True, BN, KB, D, HEAD_DIM, PRECISION,
+            )  # fmt: skip
+            sum_p, sum_s = _sum_pass(
+                sum_p, sum_s, tau, live, blocks, masked, total, mark,
+                q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
+                False, BN, KB, D, HEAD_DIM, PRECISION,
+            )  # fmt: skip
+            norm, step = _newton_step(sum_p, sum_s, scoring.exponent)
+            below = (norm >= 1.0) | (tau == float("inf"))
+            residual = tl.where(sees & (step > 1e-6 * tl.abs(tau)), (norm - 1.0) * (norm - 1.0), 0.0)
+            residual = tl.where(sees & (norm == 0.0), 1.0, residual)
+            tau = tl.where(sees, tl.maximum(tl.where(norm > 0, tau + step, floor), floor), tau)
+            if tl.min(below.to(tl.int32), 0) == 1:
+                tl.debug_barrier()
+                masked, total = _keep_live(blocks, live, masked, total, mark)
+            going = tl.max(residual, 0) > tolerance
 
     # 3. output at tau, repeated in the rare case that the last step was still long
     acc_p = tl.zeros([BM, DV], tl.float32)
@@ -337,37 +337,36 @@ def dense_forward_kernel(
     sum_s = tl.zeros([BM], tl.float32)
     step = tl.zeros([BM], tl.float32)
     going = total > 0
-    passes = 0
-    while going:
-        acc_p = tl.zeros([BM, DV], tl.float32)
-        acc_s = tl.zeros([BM, DV], tl.float32)
-        sum_p = tl.zeros([BM], tl.float32)
-        sum_s = tl.zeros([BM], tl.float32)
-        count = tl.zeros([BM], tl.float32)
-        acc_p, acc_s, sum_p, sum_s, count = _output_pass(
-            acc_p, acc_s, sum_p, sum_s, count, tau, live, blocks, 0, masked, q, key, value, masks, scoring, slope,
-            batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
-            True, BN, KB, D, HEAD_DIM, DV, VALUE_DIM, PRECISION, P_SCALE,
-        )  # fmt: skip
-        acc_p, acc_s, sum_p, sum_s, count = _output_pass(
-            acc_p, acc_s, sum_p, sum_s, count, tau, live, blocks, masked, total, q, key, value, masks, scoring, slope,
-            batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
-            False, BN, KB, D, HEAD_DIM, DV, VALUE_DIM, PRECISION, P_SCALE,
-        )  # fmt: skip
-        norm, step = _newton_step(sum_p, sum_s, scoring.exponent)
-        if scoring.exponent == 2.0:
-            # the root of sum p - 2 d sum s + d^2 count = 1, exact while no key leaves the support
-            surplus = sum_p - 1.0
-            root = sum_s + tl.sqrt(tl.maximum(sum_s * sum_s - count * surplus, 0.0))
-            step = surplus / tl.where(root > 0, root, 1.0)
-        residual = tl.where(sees & (tl.abs(step) > 1e-6 * tl.abs(tau)), tl.abs(norm - 1.0), 0.0)
-        passes += 1
-        going = (tl.max(residual, 0) > 2.0 * tolerance) & (passes < 4)
-        step = tl.where(sees, step, 0.0)
-        tau = tl.where(going, tau + step, tau)
+    for _ in range(_MAX_OUTPUTS):
+        if going:
+            acc_p = tl.zeros([BM, DV], tl.float32)
+            acc_s = tl.zeros([BM, DV], tl.float32)
+            sum_p = tl.zeros([BM], tl.float32)
+            sum_s = tl.zeros([BM], tl.float32)
+            count = tl.zeros([BM], tl.float32)
+            acc_p, acc_s, sum_p, sum_s, count = _output_pass(
+                acc_p, acc_s, sum_p, sum_s, count, tau, live, blocks, 0, masked, q, key, value, masks, scoring, slope,
+                batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
+                True, BN, KB, D, HEAD_DIM, DV, VALUE_DIM, PRECISION, P_SCALE,
+            )  # fmt: skip
+            acc_p, acc_s, sum_p, sum_s, count = _output_pass(
+                acc_p, acc_s, sum_p, sum_s, count, tau, live, blocks, masked, total, q, key, value, masks, scoring, slope,
+                batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
+                False, BN, KB, D, HEAD_DIM, DV, VALUE_DIM, PRECISION, P_SCALE,
+            )  # fmt: skip
+            norm, step = _newton_step(sum_p, sum_s, scoring.exponent)
+            if scoring.exponent == 2.0:
+                # the root of sum p - 2 d sum s + d^2 count = 1, exact while no key leaves the support
+                surplus = sum_p - 1.0
+                root = sum_s + tl.sqrt(tl.maximum(sum_s * sum_s - count * surplus, 0.0))
+                step = surplus / tl.where(root > 0, root, 1.0)
+            residual = tl.where(sees & (tl.abs(step) > 1e-6 * tl.abs(tau)), tl.abs(norm - 1.0), 0.0)
+            step = tl.where(sees, step, 0.0)
+            tau += step
+            going = tl.max(residual, 0) > 2.0 * tolerance
 
     output_rows = acc_p - (step * scoring.exponent)[:, None] * acc_s
     store_rows(output, batch, head, first_row, output_rows * (1.0 / P_SCALE), q_len, DV, VALUE_DIM)
     mean = acc_s / tl.where(sum_s > 0, sum_s * P_SCALE, 1.0)[:, None]
     store_rows(mean_value, batch, head, first_row, mean, q_len, DV, VALUE_DIM)
-    tl.store(tau_out + group.to(tl.int64) * q_len + rows, tau + step, mask=rows < q_len)
+    tl.store(tau_out + group.to(tl.int64) * q_len + rows, tau, mask=rows < q_len)
