@@ -96,8 +96,8 @@ def _query_gradient_pass(
 def query_gradient_kernel(
     query, key, value, grad, tau_in, rho_in, query_grad, block_map, block_lists, active,
     masks, scoring, scale, heads, kv_heads, q_len, kv_len,
-    BM: tl.constexpr, BN: tl.constexpr, KB: tl.constexpr, MAP_ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DV: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, KB: tl.constexpr, MAP_ROWS: tl.constexpr, ACTIVE_ROWS: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of BM query rows; tau_in, rho_in (batch * heads, q_len) float32, block_map as the forward pass left it.
 
@@ -110,7 +110,7 @@ def query_gradient_kernel(
     row_block = row_blocks - 1 - pid % row_blocks
     map_row = group.to(tl.int64) * tl.cdiv(q_len, MAP_ROWS) + row_block * BM // MAP_ROWS
     if active is not None:
-        if tl.load(active + map_row) == 0:
+        if tl.load(active + group.to(tl.int64) * tl.cdiv(q_len, ACTIVE_ROWS) + row_block * BM // ACTIVE_ROWS) == 0:
             return
     batch = group // heads
     head = group % heads

@@ -26,11 +26,13 @@ from .device import (
     visible_pairs,
 )
 
-__all__ = ["KEY_BLOCK", "dense_forward_kernel", "key_norm_kernel"]
+__all__ = ["ACTIVE_ROWS", "KEY_BLOCK", "dense_forward_kernel", "key_norm_kernel"]
 
 # Keys a block: the grain at which blocks are dropped. Liveness in the block map: 0 or >= 3 dead, 1 live and seen by all
 # of its rows, 2 live and partly masked.
 KEY_BLOCK = 128
+# Query rows that another regime leaves to this one together.
+ACTIVE_ROWS = 128
 _FULL = tl.constexpr(1)
 _MASKED = tl.constexpr(2)
 _FIRST_PASS = tl.constexpr(3)
@@ -191,7 +193,7 @@ def _sampled_tau(score, seen, length, exact, scoring):
 def dense_forward_kernel(
     query, key, value, output, mean_value, tau_out, block_map, block_lists, largest_key, active,
     masks, scoring, heads, kv_heads, q_len, kv_len, tolerance,
-    BM: tl.constexpr, BN: tl.constexpr, KB: tl.constexpr, SAMPLE: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, KB: tl.constexpr, ACTIVE_ROWS: tl.constexpr, SAMPLE: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     DV: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr, P_SCALE: tl.constexpr,
 ):  # fmt: skip
     """One block of BM query rows of one head.
@@ -202,7 +204,7 @@ def dense_forward_kernel(
         block_map: (batch * heads, row blocks, key blocks) uint8, zeroed before; see KEY_BLOCK.
         block_lists: int16 workspace of block_map's shape.
         largest_key: (batch * kv_heads,) float32, the largest norm of a key; read only with ALiBi.
-        active: (batch * heads, row blocks) uint8, 0 for blocks that another kernel has done; or None.
+        active: (batch * heads, blocks of ACTIVE_ROWS rows) uint8, 0 where another kernel has done the rows; or None.
         tolerance: how far the norm may be from 1 before the last step.
     """
     row_blocks = tl.cdiv(q_len, BM)
@@ -211,7 +213,7 @@ def dense_forward_kernel(
     group = pid // row_blocks
     row_block = row_blocks - 1 - pid % row_blocks  # the longest rows first
     if active is not None:
-        if tl.load(active + group.to(tl.int64) * row_blocks + row_block) == 0:
+        if tl.load(active + group.to(tl.int64) * tl.cdiv(q_len, ACTIVE_ROWS) + row_block * BM // ACTIVE_ROWS) == 0:
             return
     batch = group // heads
     head = group % heads

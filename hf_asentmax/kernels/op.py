@@ -23,7 +23,7 @@ def _problem(
     sliding_window: int | None,
     softcap: float | None,
 ) -> Any:
-    from .launch import Problem
+    from .problem import Problem
 
     query, key, value = (_unit_stride(tensor) for tensor in (query, key, value))
     return Problem(query, key, value, alpha, scale, is_causal, sliding_window, softcap, slopes, ranges)
@@ -56,8 +56,8 @@ def _forward(
     sliding_window: int | None,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(output, tau, mean_value, block_map): see launch.DenseState."""
-    from .launch import dense_forward, new_dense_state
+    """(output, tau, mean_value, block_map): see dense_launch.DenseState."""
+    from .dense_launch import dense_forward, new_dense_state
 
     ranges = RowRanges(start, stop, key_valid, has_holes, dense_mask)
     problem = _problem(query, key, value, slopes, ranges, alpha, scale, is_causal, sliding_window, softcap)
@@ -69,7 +69,7 @@ def _forward(
 
 @_forward.register_fake
 def _(query, key, value, slopes, start, stop, key_valid, has_holes, dense_mask, alpha, scale, *options):  # type: ignore[no-untyped-def]
-    from .launch import new_dense_state
+    from .dense_launch import new_dense_state
 
     ranges = RowRanges(start, stop, key_valid, has_holes, dense_mask)
     state = new_dense_state(_problem(query, key, value, slopes, ranges, alpha, scale, *options))
@@ -98,7 +98,7 @@ def _backward(
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv), laid out as query, key and value are."""
-    from .launch import DenseState, dense_backward
+    from .dense_launch import DenseState, dense_backward
 
     ranges = RowRanges(start, stop, key_valid, has_holes, dense_mask)
     problem = _problem(query, key, value, slopes, ranges, alpha, scale, is_causal, sliding_window, softcap)

@@ -1,0 +1,237 @@
+"""Launches of the dense and short kernels: which of them, tile sizes, workspace. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .dense_backward import key_gradient_kernel, mean_gradient_kernel, query_gradient_kernel
+from .dense_forward import ACTIVE_ROWS, KEY_BLOCK, dense_forward_kernel, key_norm_kernel
+from .problem import Problem, on_device, padded, rows_of
+from .short import short_backward_kernel, short_forward_kernel
+from .tiles import (
+    forward_tiles,
+    key_gradient_tiles,
+    map_rows,
+    query_gradient_tiles,
+    regime,
+    short_rows,
+    single_warps,
+)
+
+__all__ = ["DenseState", "dense_backward", "dense_forward", "largest_key_norms", "new_dense_state"]
+
+
+class DenseState(NamedTuple):
+    """What the dense forward pass leaves for the backward pass.
+
+    Attributes:
+        tau: (batch, heads, q_len) float32 threshold of (alpha - 1) z; +inf for rows without a visible key.
+        mean_value: (batch, heads, q_len, value_dim), sum_j s_j v_j / sum_j s_j with s = p^(2 - alpha).
+        block_map: (batch * heads, row blocks, key blocks) uint8, see dense_forward.KEY_BLOCK.
+            Where one program does a head (tiles.regime "single"), mean_value and block_map are empty.
+    """
+
+    tau: torch.Tensor
+    mean_value: torch.Tensor
+    block_map: torch.Tensor
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    """How far the norm may be from 1 before the last step in closed form, whose error is about its square."""
+    return {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 3e-3}[dtype]
+
+
+def new_dense_state(problem: Problem) -> DenseState:
+    """Fresh state: an empty block map, and memory for the rest."""
+    query, value = problem.query, problem.value
+    batch, heads, q_len, _ = query.shape
+    tau = query.new_empty(batch, heads, q_len, dtype=torch.float32)
+    if regime(problem) == "single":
+        return DenseState(tau, query.new_empty(0), query.new_empty(0, dtype=torch.uint8))
+    row_blocks = triton.cdiv(q_len, map_rows(problem))
+    key_blocks = triton.cdiv(problem.key.shape[2], KEY_BLOCK)
+    shape = (batch * heads, row_blocks, key_blocks)
+    block_map = query.new_zeros(shape, dtype=torch.uint8)
+    return DenseState(tau, query.new_empty(batch, heads, q_len, value.shape[3]), block_map)
+
+
+def largest_key_norms(problem: Problem) -> torch.Tensor:
+    """(batch * kv_heads,) float32: the largest norm of a key, for ALiBi's reach."""
+    key = problem.key
+    batch, kv_heads, kv_len, head_dim = key.shape
+    block = 128
+    norms = key.new_empty(batch * kv_heads, triton.cdiv(kv_len, block), dtype=torch.float32)
+    key_norm_kernel[(norms.numel(),)](rows_of(key), norms, kv_heads, kv_len, padded(head_dim), head_dim, block)
+    return norms.amax(dim=1)
+
+
+def _short_forward(problem: Problem, output: torch.Tensor, state: DenseState) -> None:
+    alone = regime(problem) == "single"
+    rows = short_rows(problem)
+    kv_len = problem.key.shape[2]
+    width = max(16, triton.next_power_of_2(kv_len))
+    short_forward_kernel[(problem.groups * triton.cdiv(problem.query.shape[2], rows),)](
+        rows_of(problem.query),
+        rows_of(problem.key),
+        rows_of(problem.value),
+        rows_of(output),
+        None if alone else rows_of(state.mean_value),
+        state.tau,
+        None if alone else state.block_map,
+        problem.masks,
+        problem.scoring,
+        **problem.lengths,
+        BM=rows,
+        W=width,
+        W_SMALL=width if alone else width // 2,
+        KB=KEY_BLOCK,
+        MAP_BLOCKS=triton.next_power_of_2(triton.cdiv(kv_len, KEY_BLOCK)),
+        **problem.constants,
+        P_SCALE=problem.weight_scale,
+        num_warps=single_warps(problem),
+        num_stages=1,
+    )
+
+
+def dense_forward(
+    problem: Problem, output: torch.Tensor, state: DenseState, active: torch.Tensor | None = None
+) -> None:
+    """Writes output (batch, heads, q_len, value_dim) and the state.
+
+    active: (batch * heads, blocks of dense_forward.ACTIVE_ROWS rows) uint8; blocks with 0 are left alone (another
+    kernel writes their output and tau; their part of the block map stays 0). None: all rows.
+    """
+    if regime(problem) != "dense":
+        with on_device(problem.query):
+            _short_forward(problem, output, state)
+        return
+    tiles = forward_tiles(problem)
+    with on_device(problem.query):
+        dense_forward_kernel[(state.block_map.shape[0] * state.block_map.shape[1],)](
+            rows_of(problem.query),
+            rows_of(problem.key),
+            rows_of(problem.value),
+            rows_of(output),
+            rows_of(state.mean_value),
+            state.tau,
+            state.block_map,
+            torch.empty_like(state.block_map, dtype=torch.int16),
+            largest_key_norms(problem) if problem.slopes is not None else None,
+            active,
+            problem.masks,
+            problem.scoring,
+            **problem.lengths,
+            tolerance=_tolerance(problem.query.dtype),
+            BM=tiles.rows,
+            BN=tiles.keys,
+            KB=KEY_BLOCK,
+            ACTIVE_ROWS=ACTIVE_ROWS,
+            SAMPLE=max(tiles.keys, 64),
+            **problem.constants,
+            P_SCALE=problem.weight_scale,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+
+
+def _single_backward(
+    problem: Problem,
+    state: DenseState,
+    grad: torch.Tensor,
+    query_grad: torch.Tensor,
+    key_grad: torch.Tensor,
+    value_grad: torch.Tensor,
+) -> None:
+    inputs = (rows_of(problem.query), rows_of(problem.key), rows_of(problem.value), rows_of(grad), state.tau)
+    short_backward_kernel[(problem.key.shape[0] * problem.key.shape[1],)](
+        *inputs,
+        rows_of(query_grad),
+        rows_of(key_grad),
+        rows_of(value_grad),
+        problem.masks,
+        problem.scoring,
+        problem.scale,
+        **problem.lengths,
+        BM=short_rows(problem),
+        W=max(16, triton.next_power_of_2(problem.key.shape[2])),
+        **problem.constants,
+        P_SCALE=problem.weight_scale,
+        num_warps=single_warps(problem),
+        num_stages=1,
+    )
+
+
+def dense_backward(
+    problem: Problem,
+    state: DenseState,
+    grad: torch.Tensor,
+    query_grad: torch.Tensor,
+    key_grad: torch.Tensor,
+    value_grad: torch.Tensor,
+    active: torch.Tensor | None = None,
+    partial: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> None:
+    """Writes the three gradients from grad (batch, heads, q_len, value_dim), unit stride in the last dimension.
+
+    active: as in dense_forward. partial: float32 dk and dv (shaped as key and value) of the rows that are not
+    active, added here.
+    """
+    if regime(problem) == "single":
+        with on_device(grad):
+            _single_backward(problem, state, grad, query_grad, key_grad, value_grad)
+        return
+    batch, heads, q_len, value_dim = grad.shape
+    kv_heads, kv_len = problem.key.shape[1:3]
+    constants = problem.constants
+    rho = torch.empty_like(state.tau)
+    row_blocks, key_blocks = state.block_map.shape[1:]
+    shared = (problem.masks, problem.scoring, problem.scale)
+    inputs = (rows_of(problem.query), rows_of(problem.key), rows_of(problem.value), rows_of(grad), state.tau, rho)
+    with on_device(grad):
+        rows = 64
+        mean_gradient_kernel[(batch * heads * triton.cdiv(q_len, rows),)](
+            rows_of(grad), rows_of(state.mean_value), rho, heads, q_len, rows, constants["DV"], value_dim
+        )
+        tiles = query_gradient_tiles(problem)
+        programs = batch * heads * triton.cdiv(q_len, tiles.rows)
+        query_gradient_kernel[(programs,)](
+            *inputs,
+            rows_of(query_grad),
+            state.block_map,
+            grad.new_empty(programs, key_blocks, dtype=torch.int16),
+            active,
+            *shared,
+            **problem.lengths,
+            BM=tiles.rows,
+            BN=tiles.keys,
+            KB=KEY_BLOCK,
+            MAP_ROWS=map_rows(problem),
+            ACTIVE_ROWS=ACTIVE_ROWS,
+            **constants,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+        tiles = key_gradient_tiles(problem)
+        programs = batch * kv_heads * triton.cdiv(kv_len, tiles.keys)
+        key_gradient_kernel[(programs,)](
+            *inputs,
+            rows_of(key_grad),
+            rows_of(value_grad),
+            rows_of(partial[0]) if partial is not None else None,
+            rows_of(partial[1]) if partial is not None else None,
+            state.block_map,
+            grad.new_empty(programs, row_blocks, dtype=torch.int16),
+            *shared,
+            **problem.lengths,
+            BM=tiles.rows,
+            BN=tiles.keys,
+            KB=KEY_BLOCK,
+            MAP_ROWS=map_rows(problem),
+            **constants,
+            P_SCALE=problem.weight_scale,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )

@@ -1,0 +1,123 @@
+"""One attention call as the kernels see it: tensors, options, and the arguments derived from them."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from .device import Masks, Rows, Scoring
+from .row_ranges import RowRanges
+
+__all__ = ["Problem", "on_device", "padded", "rows_of"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One attention call: its tensors and options, and what the kernels derive from them.
+
+    Attributes:
+        query: (batch, heads, q_len, head_dim); key: (batch, kv_heads, kv_len, head_dim); value: (batch, kv_heads,
+            kv_len, value_dim); each with unit stride in the last dimension.
+        alpha, scale, is_causal, sliding_window, softcap: as in entmax_attention.
+        slopes: (heads,) float32, or None.
+        ranges: padding, packing and a free mask.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    alpha: float
+    scale: float
+    is_causal: bool
+    sliding_window: int | None
+    softcap: float | None
+    slopes: torch.Tensor | None
+    ranges: RowRanges
+
+    @property
+    def groups(self) -> int:
+        """batch x heads"""
+        return self.query.shape[0] * self.query.shape[1]
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        return {
+            "heads": self.query.shape[1],
+            "kv_heads": self.key.shape[1],
+            "q_len": self.query.shape[2],
+            "kv_len": self.key.shape[2],
+        }
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Sizes and arithmetic that are compiled in.
+
+        float32 products are exact (no tf32). float16 weights are scaled up by 2^15 in products with values: a weight
+        of 1/32,768 would be subnormal.
+        """
+        head_dim, value_dim = self.query.shape[3], self.value.shape[3]
+        return {
+            "D": padded(head_dim),
+            "HEAD_DIM": head_dim,
+            "DV": padded(value_dim),
+            "VALUE_DIM": value_dim,
+            "PRECISION": "ieee" if self.query.dtype == torch.float32 else "tf32",
+        }
+
+    @property
+    def weight_scale(self) -> float:
+        return 32768.0 if self.query.dtype == torch.float16 else 1.0
+
+    @property
+    def scoring(self) -> Scoring:
+        factor = self.alpha - 1.0
+        exponent = 1.0 / factor
+        capped = self.softcap is not None
+        return Scoring(
+            scale=self.scale if capped else self.scale * factor,
+            softcap=self.softcap,
+            after_cap=factor if capped else None,
+            slopes=self.slopes,
+            slope_factor=factor if self.slopes is not None else None,
+            exponent=tl.constexpr(exponent),
+        )
+
+    @property
+    def masks(self) -> Masks:
+        start, stop, key_valid, has_holes, dense = self.ranges
+        strides = (0, 0, 0, 0)
+        if dense is not None:
+            strides = tuple(0 if size == 1 else step for size, step in zip(dense.shape, dense.stride(), strict=True))
+        return Masks(
+            causal=tl.constexpr(self.is_causal),
+            window=self.sliding_window,
+            start=start,
+            stop=stop,
+            range_batch=0 if start is None or start.shape[0] == 1 else start.stride(0),
+            key_valid=key_valid,
+            has_holes=has_holes,
+            dense=dense,
+            dense_batch=strides[0],
+            dense_head=strides[1],
+            dense_row=strides[2],
+            dense_key=strides[3],
+        )
+
+
+def padded(dim: int) -> int:
+    """The power of two, at least 16, that holds a head dimension."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def rows_of(tensor: torch.Tensor) -> Rows:
+    return Rows(tensor, *tensor.stride()[:3])
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Launches go to the tensor's GPU (a null context for the interpreter)."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
