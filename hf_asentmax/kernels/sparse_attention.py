@@ -1,0 +1,233 @@
+"""The sparse regime: forward and backward on lists of the few keys that can have a weight.
+
+Row blocks whose lists do not fit are flagged on the device and left to the dense regime. Nothing waits for the host:
+the launches depend on shapes alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+from .problem import Problem, on_device, rows_of
+from .sparse_backward import fixed_to_float_kernel, list_backward_kernel
+from .sparse_bounds import row_bounds_kernel
+from .sparse_lists import expand_kernel, list_forward_kernel
+from .sparse_scores import block_maxima_kernel, candidates_kernel
+
+__all__ = ["ROW_BLOCK", "SparseLists", "SparseTiles", "sparse_backward", "sparse_forward", "sparse_tiles", "sparse_unsupported_reason"]
+
+# Query rows that fall to the dense regime together.
+ROW_BLOCK = 128
+# Bytes for the block maxima and candidate words of the row tiles that are worked on at a time.
+_WORKSPACE_BYTES = 64 << 20
+
+
+class SparseLists(NamedTuple):
+    """What the backward pass reads, and what the dense regime has to do.
+
+    Attributes:
+        indices: (batch * heads, q_len, room) int32, keys listed for each row, up to its count.
+        counts: (batch * heads, q_len) int32.
+        overflow: (batch * heads, ceil(q_len / ROW_BLOCK)) uint8, 1 where a row did not fit: output, tau and gradients
+            of these row blocks are the dense regime's.
+    """
+
+    indices: torch.Tensor
+    counts: torch.Tensor
+    overflow: torch.Tensor
+
+
+class SparseTiles(NamedTuple):
+    """Sizes of the tiles and warps a program, for one type and head_dim.
+
+    Attributes:
+        rows: query rows a tile.
+        maxima_keys: keys a step of the first pass.
+        block: keys a block maximum stands for, and a step of the second pass.
+        maxima_warps, maxima_stages, candidate_warps, candidate_stages: of the two passes.
+        words: room for a row's words of 16 keys.
+        room: room for a row's keys.
+        list_rows, list_chunk, list_warps: rows a program, keys gathered at a time, and warps, forward on the list.
+        grad_rows, grad_chunk, grad_warps: the same, backward.
+        expand_rows, expand_warps: rows a program and warps where words become indices.
+        steps: Newton steps on the block maxima.
+    """
+
+    rows: int = 128
+    maxima_keys: int = 128
+    block: int = 128
+    maxima_warps: int = 8
+    maxima_stages: int = 3
+    candidate_warps: int = 8
+    candidate_stages: int = 3
+    words: int = 64
+    room: int = 64
+    list_rows: int = 1
+    list_chunk: int = 32
+    list_warps: int = 1
+    grad_rows: int = 1
+    grad_chunk: int = 32
+    grad_warps: int = 1
+    expand_rows: int = 16
+    expand_warps: int = 2
+    steps: int = 5
+
+
+def sparse_tiles(dtype: torch.dtype, head_dim: int) -> SparseTiles:
+    """The tile sizes that the passes over the scores take for a type and head_dim."""
+    if dtype == torch.float32:
+        return SparseTiles(
+            rows=64, maxima_keys=64, block=64, maxima_warps=4, maxima_stages=2, candidate_warps=4, candidate_stages=2
+        )
+    return SparseTiles()
+
+
+def sparse_unsupported_reason(problem: Problem) -> str | None:
+    """Why the sparse regime can't do a call (the dense one can), or None."""
+    if problem.softcap is not None:
+        return "scores are soft-capped"
+    if problem.ranges.dense_mask is not None:
+        return "the mask is free"
+    if not problem.scale > 0:
+        return "the scale is not positive"
+    if problem.key.shape[2] > 1 << 19:
+        return "a word's number must fit into 15 bits"
+    return None
+
+
+def sparse_forward(
+    problem: Problem,
+    output: torch.Tensor,
+    tau: torch.Tensor,
+    largest_key: torch.Tensor,
+    tiles: SparseTiles | None = None,
+) -> SparseLists:
+    r"""Exact alpha-entmax attention by lists: p_j = [(alpha-1) z_j - tau]_+^(1/(alpha-1)), output = sum_j p_j v_j.
+
+    Args:
+        problem: the call; see `sparse_unsupported_reason`.
+        output: (batch, heads, q_len, value_dim), written.
+        tau: (batch, heads, q_len) float32, contiguous, written: the threshold of (alpha-1) z; +inf for rows without
+            keys.
+        largest_key: (batch * kv_heads,) float32, the largest Euclidean norm of a key.
+        tiles: for measurements; default: what `sparse_tiles` says.
+
+    Returns:
+        The lists; output and tau are not meaningful in overflowed row blocks.
+    """
+    query = problem.query
+    q_len, kv_len = query.shape[2], problem.key.shape[2]
+    tiles = tiles or sparse_tiles(query.dtype, query.shape[3])
+    device = query.device
+    groups = problem.groups
+    indices = torch.empty((groups, q_len, tiles.room), dtype=torch.int32, device=device)
+    counts = torch.empty((groups, q_len), dtype=torch.int32, device=device)
+    overflow = torch.zeros((groups, triton.cdiv(q_len, ROW_BLOCK)), dtype=torch.uint8, device=device)
+
+    maxima_type = torch.float32 if query.dtype == torch.float32 else torch.bfloat16
+    blocks = triton.cdiv(kv_len, tiles.maxima_keys) * (tiles.maxima_keys // tiles.block)
+    all_tiles = groups * triton.cdiv(q_len, tiles.rows)
+    tile_bytes = tiles.rows * (blocks * maxima_type.itemsize + tiles.words * 4) + blocks * 4
+    at_once = max(1, min(all_tiles, _WORKSPACE_BYTES // tile_bytes))
+    maxima = torch.empty((at_once, blocks, tiles.rows), dtype=maxima_type, device=device)
+    tops = torch.empty((at_once, tiles.rows), dtype=torch.float32, device=device)
+    bounds = torch.empty_like(tops)
+    spans = torch.empty((at_once, 4), dtype=torch.int32, device=device)
+    active = torch.empty((at_once, blocks), dtype=torch.int32, device=device)
+    active_counts = torch.empty((at_once, 2), dtype=torch.int32, device=device)
+    entries = torch.empty((at_once, tiles.rows, tiles.words), dtype=torch.int32, device=device)
+    entry_counts = torch.empty((at_once, tiles.rows), dtype=torch.int32, device=device)
+
+    q, k, v, out = (rows_of(tensor) for tensor in (query, problem.key, problem.value, output))
+    masks, scoring, lengths, constants = problem.masks, problem.scoring, problem.lengths, problem.constants
+    dims = {name: constants[name] for name in ("D", "HEAD_DIM")}
+    value_dims = {name: constants[name] for name in ("DV", "VALUE_DIM")}
+    with on_device(query):
+        for first in range(0, all_tiles, at_once):
+            count = min(at_once, all_tiles - first)
+            common = {**lengths, "first_tile": first, "BM": tiles.rows}
+            block_maxima_kernel[(count,)](
+                q, k, maxima, tops, spans, largest_key, masks, scoring, **common, blocks=blocks,
+                BN=tiles.maxima_keys, BLOCK=tiles.block, **dims, PRECISION=constants["PRECISION"],
+                num_warps=tiles.maxima_warps, num_stages=tiles.maxima_stages,
+            )  # fmt: skip
+            row_bounds_kernel[(count,)](
+                q, maxima, tops, spans, largest_key, scoring, bounds, active, active_counts, overflow,
+                **common, blocks=blocks, STEPS=tiles.steps, ROOM=tiles.words, ROW_BLOCK=ROW_BLOCK, UNIT=16, **dims,
+                num_warps=4,
+            )  # fmt: skip
+            candidates_kernel[(count,)](
+                q, k, bounds, active, active_counts, entries, entry_counts, masks, scoring, **common, blocks=blocks,
+                BLOCK=tiles.block, ROOM=tiles.words, **dims, PRECISION=constants["PRECISION"],
+                num_warps=tiles.candidate_warps, num_stages=tiles.candidate_stages,
+            )  # fmt: skip
+            expand_kernel[(count * (tiles.rows // tiles.expand_rows),)](
+                entries, entry_counts, indices, counts, overflow, q_len, first,
+                ROOM=tiles.words, LIST_ROOM=tiles.room, ROW_BLOCK=ROW_BLOCK, BM=tiles.rows, R=tiles.expand_rows,
+                num_warps=tiles.expand_warps,
+            )  # fmt: skip
+            list_forward_kernel[(count * (tiles.rows // tiles.list_rows),)](
+                q, k, v, out, tau, bounds, indices, counts, scoring, **common,
+                LIST_ROOM=tiles.room, CHUNK=tiles.list_chunk, R=tiles.list_rows, **dims, **value_dims,
+                num_warps=tiles.list_warps,
+            )  # fmt: skip
+    return SparseLists(indices, counts, overflow)
+
+
+def sparse_backward(
+    problem: Problem,
+    tau: torch.Tensor,
+    lists: SparseLists,
+    grad: torch.Tensor,
+    query_grad: torch.Tensor,
+    key_sums: torch.Tensor,
+    value_sums: torch.Tensor,
+    *,
+    deterministic: bool,
+    tiles: SparseTiles | None = None,
+) -> None:
+    """dq of the row blocks that did not overflow, and their part of dk and dv.
+
+    Args:
+        problem, tau, lists: of `sparse_forward`.
+        grad: (batch, heads, q_len, value_dim), unit stride in the last dimension.
+        query_grad: (batch, heads, q_len, head_dim), written outside of the overflowed row blocks.
+        key_sums, value_sums: (batch, kv_heads, kv_len, head_dim or value_dim) float32, contiguous, added to.
+        deterministic: two runs agree bit by bit (through 64-bit integers, at twice the workspace).
+    """
+    query = problem.query
+    tiles = tiles or sparse_tiles(query.dtype, query.shape[3])
+    constants = {name: problem.constants[name] for name in ("D", "HEAD_DIM", "DV", "VALUE_DIM")}
+    units = None
+    keys, values = key_sums, value_sums
+    if deterministic:
+        units = _units(problem, grad)
+        keys = torch.zeros(key_sums.shape, dtype=torch.int64, device=key_sums.device)
+        values = torch.zeros(value_sums.shape, dtype=torch.int64, device=value_sums.device)
+    with on_device(query):
+        list_backward_kernel[(problem.groups * triton.cdiv(query.shape[2], tiles.grad_rows),)](
+            *(rows_of(tensor) for tensor in (query, problem.key, problem.value, grad, query_grad)),
+            keys, values, tau, *lists, units, problem.scoring, problem.scale, **problem.lengths,
+            LIST_ROOM=lists.indices.shape[2], CHUNK=tiles.grad_chunk, ROW_BLOCK=ROW_BLOCK, R=tiles.grad_rows,
+            **constants, num_warps=tiles.grad_warps,
+        )  # fmt: skip
+        if units is not None:
+            for which, (sums, result) in enumerate(((keys, key_sums), (values, value_sums))):
+                fixed_to_float_kernel[(triton.cdiv(sums.numel(), 1024),)](
+                    sums, result, units, which, sums.numel(), BLOCK=1024
+                )
+
+
+def _units(problem: Problem, grad: torch.Tensor) -> torch.Tensor:
+    """(2,) float32 powers of two: 2^40 over the largest term that a row can add to dk and dv.
+
+    p <= 1 and s <= 1, so |dz| <= 2 max|do||v|; up to 2^22 terms then fit into 63 bits.
+    """
+    value_norm = problem.value.float().square().sum(-1).amax().sqrt()
+    product = grad.float().square().sum(-1).amax().sqrt() * value_norm
+    key_term = 2.0 * product * problem.query.abs().amax().float() * problem.scale
+    terms = torch.stack([key_term, grad.abs().amax().float()]).clamp_min(1e-20)
+    return torch.exp2(40.0 - torch.ceil(torch.log2(terms)))

@@ -1,0 +1,268 @@
+r"""Passes over the scores for the sparse regime: each row's maximum in each key block, and the keys above a bound.
+
+Both passes make the products q k and nothing else; the score of a pair is (alpha-1)(scale q k - slope |i - j|).
+
+1. ``block_maxima_kernel`` keeps one number for each row and key block. tau of a subset of the keys never exceeds tau of
+   all, so tau of the block maxima is a rigorous lower bound (``sparse_bounds``), and it leaves few keys beyond the
+   support.
+2. ``candidates_kernel`` visits the key blocks that hold something above the bound and writes each row's candidates.
+   Sixteen keys make a word: a thread that holds the scores of a row in a tensor-core accumulator holds keys
+   8a + 2w + b (a < 8, b < 2) of 64 for one w < 4, so bit 2a + b of word w stands for that key, and no thread has to ask
+   another. An entry is the word's number, from the first key on, in the upper 16 bits and the word in the lower.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import load_rows, visible_interval, visible_pairs
+
+__all__ = ["block_maxima_kernel", "candidates_kernel"]
+
+# Triton's interpreter knows no inline assembly; what stands for it there computes the same.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+_STEEP = tl.constexpr(2.0**60)
+
+
+@triton.jit
+def _scatter(pointers, values, mask):
+    """tl.store of 16- or 32-bit integers without its change of layout, which would pass the tile through shared
+    memory."""
+    if _INTERPRETED:
+        tl.store(pointers, values, mask=mask)
+    elif values.dtype == tl.int16:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b16 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,h,r", [pointers, values, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.b32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r,r", [pointers, values, mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _exact_bound(bound):
+    """At most `bound` by 2^-20, and so far from 0 that no other float32 is nearer to it than 2^-48."""
+    bound = tl.floor(bound * 2.0**20) * 2.0**-20
+    return tl.where(bound == 0.0, -(2.0**-20), bound)
+
+
+@triton.jit
+def _above(score, bound):
+    """1.0 where score > bound, else 0.0, for bounds from `_exact_bound`: one saturating multiply-add, not a comparison
+    and a selection, which have half the throughput."""
+    if _INTERPRETED:
+        return tl.where(score > bound, 1.0, 0.0)
+    return tl.inline_asm_elementwise(
+        "fma.rn.sat.f32 $0, $1, 0f5D800000, $2;",
+        "=f,f,f", [score, -bound * _STEEP], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _tile_of(first_tile, heads, kv_heads, q_len, BM: tl.constexpr):
+    """(batch, head, kv_head, first_row) of this program's row tile: a head's longest rows first."""
+    row_tiles = tl.cdiv(q_len, BM)
+    tile = first_tile + tl.program_id(0)
+    group = tile // row_tiles
+    row_tile = row_tiles - 1 - tile % row_tiles
+    head = group % heads
+    return group // heads, head, head // (heads // kv_heads), row_tile * BM
+
+
+@triton.jit
+def _masked_scores(
+    q, key, masks, scoring, slope, batch, head, kv_head, rows, start, stop, first, q_len, kv_len,
+    BN: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(rows, BN) scores of the keys from `first` on, with ALiBi; -inf where the row does not see the key."""
+    k = load_rows(key, batch, kv_head, first, BN, kv_len, True, D, HEAD_DIM)
+    keys = first + tl.arange(0, BN)
+    score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scoring.scale
+    if scoring.slopes is not None:
+        score -= slope * tl.abs((rows + (kv_len - q_len))[:, None] - keys[None, :]).to(tl.float32)
+    seen = visible_pairs(masks, batch, head, rows[:, None], keys[None, :], start[:, None], stop[:, None], q_len, kv_len)
+    return tl.where(seen, score, float("-inf"))
+
+
+@triton.jit
+def _store_maxima(maxima, top, values, factor, block, index, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes factor x the maxima of the key blocks in a (BM, BN) tile, and returns the rows' running maxima."""
+    parts: tl.constexpr = BN // BLOCK
+    largest = tl.max(tl.reshape(values, [BM, parts, BLOCK]), 2) * factor
+    part = block * parts + tl.arange(0, parts)
+    stored = largest.to(maxima.dtype.element_ty)
+    bits = tl.int16 if stored.dtype == tl.bfloat16 else tl.int32
+    pointers = maxima.to(tl.pointer_type(bits)) + part[None, :] * BM + index[:, None]
+    _scatter(pointers, stored.to(bits, bitcast=True), part[None, :] >= 0)
+    return tl.maximum(top, tl.max(largest, 1))
+
+
+@triton.jit
+def _alibi_low(q, key, masks, scoring, slope, largest_key, batch, kv_head, rows, start, stop, q_len, kv_len,
+               D: tl.constexpr, HEAD_DIM: tl.constexpr):  # fmt: skip
+    """The first key that may have a weight under ALiBi, for all rows of the tile together.
+
+    A row's maximum is at least the score of its own key, so z_ij <= (alpha-1)(scale |q_i| max|k| - slope (i - j)) <=
+    z_ii - 1 proves the weight zero. Rows that do not see their own key prove nothing.
+    """
+    own = rows + (kv_len - q_len)
+    seen = (own >= start) & (own < stop)
+    if masks.key_valid is not None:
+        valid = tl.load(masks.key_valid + batch.to(tl.int64) * kv_len + own, mask=seen, other=0)
+        seen = seen & (valid != 0)
+    dim = tl.arange(0, D)
+    pointer = key.pointer + batch.to(tl.int64) * key.batch + kv_head.to(tl.int64) * key.head
+    inside = seen[:, None] & (dim[None, :] < HEAD_DIM)
+    k = tl.load(pointer + own.to(tl.int64)[:, None] * key.row + dim[None, :], mask=inside, other=0.0).to(tl.float32)
+    q = q.to(tl.float32)
+    score = tl.sum(q * k, 1) * scoring.scale
+    bound = tl.sqrt(tl.sum(q * q, 1)) * (largest_key * scoring.scale)
+    reach = tl.minimum((bound * 1.0001 - score + 1.0001) / slope + 1.0, 1e9).to(tl.int32)
+    first = tl.where(seen, own - reach, start)
+    return tl.min(tl.where(start < stop, tl.maximum(first, start), kv_len), 0)
+
+
+@triton.jit(do_not_specialize=["first_tile", "blocks"])
+def block_maxima_kernel(
+    query, key, maxima, tops, spans, largest_key, masks, scoring, heads, kv_heads, q_len, kv_len, first_tile, blocks,
+    BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of BM query rows of one head: the maximum score of each row in each block of BLOCK keys.
+
+    Args:
+        query, key: Rows.
+        maxima: (tiles, blocks, BM) float32 or bfloat16 (rounded to nearest), written within the tile's span.
+        tops: (tiles, BM) float32, the rows' maxima; -inf for rows that see no key.
+        spans: (tiles, 4) int32: key blocks [span0, span3) may hold weights; those of [span1, span2) are seen by every
+            row and carry no ALiBi.
+        largest_key: (batch * kv_heads,) float32, the largest Euclidean norm of a key.
+        first_tile: number of this launch's first tile, counted over batch, heads and row tiles.
+        blocks: key blocks of BLOCK that the row of `maxima` has room for.
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    batch, head, kv_head, first_row = _tile_of(first_tile, heads, kv_heads, q_len, BM)
+    index = tl.arange(0, BM)
+    rows = first_row + index
+    start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
+    start = tl.maximum(start, 0)
+    stop = tl.minimum(stop, kv_len)
+    sees = start < stop
+    low = tl.min(tl.where(sees, start, kv_len), 0)
+    high = tl.max(tl.where(sees, stop, 0), 0)
+    all_low = tl.max(tl.where(sees, start, 0), 0)
+    all_high = tl.min(tl.where(sees, stop, kv_len), 0)
+
+    q = load_rows(query, batch, head, first_row, BM, q_len, True, D, HEAD_DIM)
+    slope = 0.0
+    if scoring.slopes is not None:
+        slope = tl.load(scoring.slopes + head) * scoring.slope_factor
+        if slope > 0:
+            largest = tl.load(largest_key + batch * kv_heads + kv_head)
+            low = tl.maximum(low, _alibi_low(
+                q, key, masks, scoring, slope, largest, batch, kv_head, rows, start, stop, q_len, kv_len, D, HEAD_DIM
+            ))  # fmt: skip
+    low = tl.minimum(low, high) // BN
+    high = tl.cdiv(high, BN)
+    full_low = tl.minimum(tl.maximum(tl.cdiv(all_low, BN), low), high)
+    full_high = tl.maximum(tl.minimum(all_high // BN, high), full_low)
+    if masks.has_holes is not None:
+        full_high = tl.where(tl.load(masks.has_holes + batch) != 0, full_low, full_high)
+    full_high = tl.where(slope > 0, full_low, full_high)
+    parts: tl.constexpr = BN // BLOCK
+    tl.store(spans + slot * 4, low * parts)
+    tl.store(spans + slot * 4 + 1, full_low * parts)
+    tl.store(spans + slot * 4 + 2, full_high * parts)
+    tl.store(spans + slot * 4 + 3, high * parts)
+
+    maxima += slot * blocks * BM
+    top = tl.full([BM], float("-inf"), tl.float32)
+    for step in range(0, full_high - full_low):
+        block = full_low + step
+        k = load_rows(key, batch, kv_head, block * BN, BN, kv_len, False, D, HEAD_DIM)
+        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        top = _store_maxima(maxima, top, product, scoring.scale, block, index, BM, BN, BLOCK)
+    edges = (full_low - low) + (high - full_high)
+    for edge in range(0, edges):
+        block = tl.where(low + edge < full_low, low + edge, full_high + edge - (full_low - low))
+        score = _masked_scores(
+            q, key, masks, scoring, slope, batch, head, kv_head, rows, start, stop, block * BN, q_len, kv_len,
+            BN, D, HEAD_DIM, PRECISION,
+        )  # fmt: skip
+        top = _store_maxima(maxima, top, score, 1.0, block, index, BM, BN, BLOCK)
+    tl.store(tops + slot * BM + index, top)
+
+
+@triton.jit
+def _append(entries, count, above, block, index, ROOM: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
+    """Appends the non-zero words of a (BM, BLOCK) tile of 0.0 and 1.0 to the rows' entries; the new counts."""
+    words: tl.constexpr = BLOCK // 16
+    tile = tl.reshape(above, [BM, BLOCK // 64, 8, 4, 2])
+    bit = 2 * tl.arange(0, 8)[:, None] + tl.arange(0, 2)[None, :]
+    weight = (1 << bit).to(tl.float32)
+    tile = tile * tl.reshape(weight, [1, 1, 8, 1, 2])
+    word = tl.reshape(tl.sum(tl.sum(tile, 4), 2), [BM, words]).to(tl.int32)
+    number = tl.arange(0, words)
+    some = (word != 0).to(tl.int32)
+    # a nibble a word; the product sums the nibbles up to each: at most 8, so nothing carries over
+    flags = tl.sum(some << (4 * number)[None, :], 1)
+    sums = flags * 0x11111111
+    place = count[:, None] + ((sums[:, None] >> (4 * number)[None, :]) & 15) - some
+    entry = ((block * words + number)[None, :] << 16) | word
+    _scatter(entries + index[:, None] * ROOM + place, entry, (some != 0) & (place < ROOM))
+    return count + ((sums >> (4 * words - 4)) & 15)
+
+
+@triton.jit(do_not_specialize=["first_tile", "blocks"])
+def candidates_kernel(
+    query, key, bounds, active, active_counts, entries, entry_counts, masks, scoring,
+    heads, kv_heads, q_len, kv_len, first_tile, blocks,
+    BM: tl.constexpr, BLOCK: tl.constexpr, ROOM: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of BM query rows: the words of the keys whose score lies above the row's bound.
+
+    Args:
+        bounds: (tiles, BM) float32; +inf for rows without a key.
+        active, active_counts: (tiles, blocks) and (tiles, 2) int32: the key blocks to visit, the masked ones first, and
+            how many are masked and how many there are.
+        entries: (tiles, BM, ROOM) int32, see the module; what does not fit is counted but not written.
+        entry_counts: (tiles, BM) int32.
+    """
+    slot = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, BM)
+    count = tl.zeros([BM], tl.int32)
+    masked = tl.load(active_counts + slot * 2)
+    total = tl.load(active_counts + slot * 2 + 1)
+    batch, head, kv_head, first_row = _tile_of(first_tile, heads, kv_heads, q_len, BM)
+    rows = first_row + index
+    bound = tl.load(bounds + slot * BM + index)
+    q = load_rows(query, batch, head, first_row, BM, q_len, True, D, HEAD_DIM)
+    active += slot * blocks
+    entries += slot * BM * ROOM
+    if masked > 0:
+        start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
+        slope = 0.0
+        if scoring.slopes is not None:
+            slope = tl.load(scoring.slopes + head) * scoring.slope_factor
+        score_bound = _exact_bound(bound)
+        for step in range(0, masked):
+            block = tl.load(active + step)
+            score = _masked_scores(
+                q, key, masks, scoring, slope, batch, head, kv_head, rows, start, stop, block * BLOCK, q_len, kv_len,
+                BLOCK, D, HEAD_DIM, PRECISION,
+            )  # fmt: skip
+            above = _above(score, score_bound[:, None])
+            count = _append(entries, count, above, block, index, ROOM, BM, BLOCK)
+    product_bound = _exact_bound(bound / scoring.scale)
+    for step in range(masked, total):
+        block = tl.load(active + step)
+        k = load_rows(key, batch, kv_head, block * BLOCK, BLOCK, kv_len, False, D, HEAD_DIM)
+        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        above = _above(product, product_bound[:, None])
+        count = _append(entries, count, above, block, index, ROOM, BM, BLOCK)
+    tl.store(entry_counts + slot * BM + index, count)
