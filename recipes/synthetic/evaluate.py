@@ -1,0 +1,124 @@
+"""Test trained models at many lengths and write one results file for each seed.
+
+    python -m recipes.synthetic.evaluate runs/synthetic/mqmtar-asentmax-nape
+
+takes every finished seed below the folders given. Results hold the run's settings, versions, device and commit; lengths
+that a results file of the same run already has are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from recipes.common import default_device, results_header, write_json
+from recipes.synthetic.measuring import measure
+from recipes.synthetic.models import load_model
+from recipes.synthetic.tasks import TASKS, Task
+
+__all__ = ["evaluate_run", "main", "task_of"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def task_of(run: dict[str, Any]) -> Task:
+    """The task that a run.json describes."""
+    task_class = TASKS[run["task"]]
+    return task_class(**{item.name: run["task_settings"][item.name] for item in fields(task_class)})
+
+
+def evaluate_run(
+    folder: Path,
+    results_file: Path,
+    device: torch.device,
+    *,
+    multiples: list[int] | None,
+    samples: int,
+    long_samples: int,
+    minutes: float,
+    tokens_at_once: int,
+) -> dict[str, Any]:
+    """Test one finished run, writing the results after each length.
+
+    Args:
+        folder: with run.json and model/.
+        results_file: to write, or to go on with.
+        multiples: of the longest training length; None for the task's own.
+        samples, long_samples: up to 64 times that length, and beyond.
+        minutes: for one length at most.
+        tokens_at_once: source tokens in a batch.
+    """
+    run = json.loads((folder / "run.json").read_text())
+    results: dict[str, Any] = {"run": run, "evaluation": results_header(device, [run["seed"]]), "lengths": []}
+    if results_file.exists():
+        earlier = json.loads(results_file.read_text())
+        if earlier["run"] == run:
+            results["lengths"] = earlier["lengths"]
+    task = task_of(run)
+    model: PreTrainedModel | None = None
+    for multiple in multiples or task.test_multiples:
+        wanted = samples if multiple <= 64 else long_samples
+        if any(entry["multiple"] == multiple and entry["samples"] >= wanted for entry in results["lengths"]):
+            continue
+        if model is None:
+            model = load_model(folder / "model").to(device)  # type: ignore[arg-type]
+        length = multiple * task.max_length
+        entry = measure(model, task, length, wanted, tokens_at_once=tokens_at_once, minutes=minutes)
+        others = [other for other in results["lengths"] if other["multiple"] != multiple]
+        results["lengths"] = sorted([*others, {"multiple": multiple, **entry}], key=lambda item: item["multiple"])
+        write_json(results_file, results)
+        law = f", e = {entry['e']:.2g}" if "e" in entry else ""
+        tqdm.write(
+            f"{folder.parent.name} {folder.name} at {multiple}x: {100 * entry['exact_match']:.1f}% of "
+            f"{entry['samples']} exact{law}, {entry['seconds']:.1f} s"
+        )
+    return results
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; see the module's description."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where results files go")
+    parser.add_argument(
+        "--multiples", type=int, nargs="+", help="lengths to test, in multiples of the longest trained on"
+    )
+    parser.add_argument("--samples", type=int, default=1000, help="samples of each length up to 64x (default: 1000)")
+    parser.add_argument("--long-samples", type=int, default=200, help="samples of each longer one (default: 200)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="at most for one length of one model")
+    parser.add_argument(
+        "--tokens-at-once", type=int, default=1 << 17, help="source tokens in a batch (default: 131072)"
+    )
+    parser.add_argument("--device", type=torch.device, default=default_device(), help="default: a GPU if there is one")
+    parsed = parser.parse_args(arguments)
+
+    logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("high")
+    folders = sorted({file.parent for run in parsed.runs for file in run.rglob("run.json")})
+    if not folders:
+        parser.error(f"no finished run below {', '.join(map(str, parsed.runs))}")
+    for folder in tqdm(folders, unit="model"):
+        evaluate_run(
+            folder,
+            parsed.results / f"{folder.parent.name}-{folder.name}.json",
+            parsed.device,
+            multiples=parsed.multiples,
+            samples=parsed.samples,
+            long_samples=parsed.long_samples,
+            minutes=parsed.minutes,
+            tokens_at_once=parsed.tokens_at_once,
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,211 @@
+"""Remake the tables and the accuracy-by-length figure from results files.
+
+    python -m recipes.synthetic.report
+
+writes report.md and a figure for each table beside the results. Each training distribution has its own table, and each
+row says which of the training's settings differ from their defaults. Rows pool the seeds of one setting; each seed's
+row follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, fields
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from recipes.common import length_axes, save_figure
+from recipes.synthetic.evaluate import RESULTS
+from recipes.synthetic.measuring import wilson_interval
+from recipes.synthetic.settings import RunSettings
+from recipes.synthetic.tasks import TASKS
+
+__all__ = ["Group", "grouped", "main", "markdown"]
+
+PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
+# Settings that say nothing about how a model came to be, or have a column of their own.
+_UNNAMED = {"method", "positions", "steps", "minutes", "log_every", "save_every", "plateau", "compile"}
+_UNNAMED |= {"validations", "validate_multiple", "validate_samples"}
+_TRACKS = {"paper": "the paper's distribution", "own": "a distribution of our own"}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The results of one setting, one for each seed."""
+
+    task: str
+    track: str
+    method: str
+    positions: str
+    changed: str
+    results: tuple[dict[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        """What a row or line is called."""
+        return f"{self.method} + {self.positions}" + (f" ({self.changed})" if self.changed else "")
+
+    def entries(self, multiple: int) -> list[dict[str, Any]]:
+        """What each seed has at a length."""
+        return [entry for result in self.results for entry in result["lengths"] if entry["multiple"] == multiple]
+
+    def multiples(self) -> set[int]:
+        """The lengths that any seed was tested at."""
+        return {entry["multiple"] for result in self.results for entry in result["lengths"]}
+
+    def pooled(self, multiple: int) -> tuple[float, float, float] | None:
+        """Exact match over all seeds' samples with its 95% interval, in percent."""
+        entries = self.entries(multiple)
+        if not entries:
+            return None
+        samples = sum(entry["samples"] for entry in entries)
+        exact = sum(round(entry["exact_match"] * entry["samples"]) for entry in entries)
+        low, high = wilson_interval(exact, samples)
+        return 100 * exact / samples, 100 * low, 100 * high
+
+
+def _changed(run: dict[str, Any]) -> str:
+    """The settings that differ from their defaults."""
+    parts = []
+    for settings_class, values in ((RunSettings, run["settings"]), (TASKS[run["task"]], run["task_settings"])):
+        for item in fields(settings_class):
+            if item.name not in _UNNAMED and values[item.name] != item.default:
+                parts.append(f"{item.name.replace('_', ' ')} {values[item.name]}")
+    return ", ".join(parts)
+
+
+def grouped(results: list[dict[str, Any]]) -> list[Group]:
+    """Results of one setting together, tasks in their order and methods by name."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
+    for result in results:
+        run = result["run"]
+        budget = f"{run['settings']['steps']} {run['settings']['minutes']}"
+        settings = (run["settings"]["method"], run["settings"]["positions"], _changed(run), budget)
+        groups[(run["task"], run["track"], *settings)].append(result)
+    made = []
+    for (task, track, method, positions, changed, _), members in groups.items():
+        seeds = sorted(members, key=lambda result: result["run"]["seed"])
+        made.append(Group(task, track, method, positions, changed, tuple(seeds)))
+    order = list(TASKS)
+    return sorted(made, key=lambda group: (order.index(group.task), group.track, group.method, group.name))
+
+
+def _tables(groups: list[Group]) -> list[tuple[tuple[str, str], list[Group]]]:
+    """The groups of each task and training distribution."""
+    tables: dict[tuple[str, str], list[Group]] = defaultdict(list)
+    for group in groups:
+        tables[(group.task, group.track)].append(group)
+    return list(tables.items())
+
+
+def markdown(groups: list[Group]) -> str:
+    """Every table, by task and training distribution."""
+    parts = []
+    for (task, track), members in _tables(groups):
+        parts.append(f"## {task}, trained on {_TRACKS[track]}\n")
+        parts.append(_accuracy_table(task, members))
+        if task == "mqmtar":
+            parts.append("The query-error law: e = wrong queries / queries / pairs, over all seeds, x 1e-6.\n")
+            parts.append(_law_table(members))
+    sources = "\n".join(f"- {name}: {text}" for name, text in PUBLISHED["sources"].items())
+    return "# Synthetic tasks\n\n" + "\n".join(parts) + f"\nPublished rows:\n{sources}\n"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _accuracy_table(task: str, members: list[Group]) -> str:
+    """Exact match in percent. Pooled over seeds with the 95% interval; then each seed."""
+    published = PUBLISHED["exact_match"].get(task, {})
+    theirs = {int(key) for rows in published.values() for row in rows.values() for key in row}
+    multiples = sorted(theirs.union(*(group.multiples() for group in members)))
+    header = ["exact match, %", "seeds", "samples, M", "minutes", "device", *(f"{multiple}x" for multiple in multiples)]
+    rows = []
+    for group in members:
+        runs = [result["run"] for result in group.results]
+        cells = [
+            f"**{group.name}**",
+            str(len(runs)),
+            f"{fmean(run['samples'] for run in runs) / 1e6:.1f}",
+            f"{fmean(run['seconds'] for run in runs) / 60:.1f}",
+            runs[0]["header"]["device"]["name"],
+        ]
+        rows.append([*cells, *(_with_interval(group.pooled(multiple)) for multiple in multiples)])
+        if len(runs) > 1:
+            for result in group.results:
+                at = {entry["multiple"]: f"{100 * entry['exact_match']:.1f}" for entry in result["lengths"]}
+                rows.append([f"seed {result['run']['seed']}", "", "", "", "", *(at.get(m, "") for m in multiples)])
+    for method, sources in published.items():
+        for source, values in sources.items():
+            cells = [f"{method}, {source}", "", "", "", ""]
+            rows.append([*cells, *(str(values.get(str(multiple), "")) for multiple in multiples)])
+    return _table(header, rows)
+
+
+def _with_interval(pooled: tuple[float, float, float] | None) -> str:
+    return "" if pooled is None else f"{pooled[0]:.1f} [{pooled[1]:.1f}, {pooled[2]:.1f}]"
+
+
+def _law_table(members: list[Group]) -> str:
+    multiples = sorted(set().union(*(group.multiples() for group in members)))
+    rows = []
+    for group in members:
+        cells = []
+        for multiple in multiples:
+            entries = group.entries(multiple)
+            if not entries:
+                cells.append("")
+                continue
+            wrong, queries = (sum(entry[name] for entry in entries) for name in ("queries_wrong", "queries"))
+            low, high = wilson_interval(wrong, queries)
+            scale = 1e6 / entries[0]["pairs"]
+            cells.append(f"{wrong / queries * scale:.2g} [{low * scale:.2g}, {high * scale:.2g}]")
+        rows.append([group.name, *cells])
+    return _table(["e x 1e6", *(f"{multiple}x" for multiple in multiples)], rows)
+
+
+def figure(groups: list[Group], file: Path) -> None:
+    """Accuracy by length, as the paper's Figure 1, for groups of one task and training distribution."""
+    task = groups[0].task
+    trained = TASKS[task]().max_length
+    published = PUBLISHED["exact_match"].get(task, {})
+    lengths = [trained * multiple for multiple in sorted(set().union(*(group.multiples() for group in groups)))]
+    drawing, axes = length_axes(trained, lengths)
+    for group in groups:
+        values = [(trained * multiple, group.pooled(multiple)) for multiple in sorted(group.multiples())]
+        shown = [(length, *pooled) for length, pooled in values if pooled is not None]
+        at, accuracy, low, high = zip(*shown, strict=True)
+        (line,) = axes.plot(at, accuracy, marker="o", linewidth=2.0, label=group.name)
+        axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+    for method, sources in published.items():
+        for source, row in sources.items():
+            theirs = [trained * int(multiple) for multiple in row]
+            axes.plot(theirs, row.values(), linestyle="--", linewidth=1.0, label=f"{method}, {source}")
+    axes.set(title=f"{task}, trained on {_TRACKS[groups[0].track]}", ylabel="exact match, %", ylim=(-3, 103))
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0.0, -0.2))
+    save_figure(drawing, file)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; see the module's description."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results files")
+    folder = parser.parse_args(arguments).results
+    results = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    if not results:
+        parser.error(f"no results files in {folder}; recipes.synthetic.evaluate writes them")
+    groups = grouped(results)
+    (folder / "report.md").write_text(markdown(groups))
+    for (task, track), members in _tables(groups):
+        figure(members, folder / f"{task}-{track}.png")
+    print(f"wrote {folder / 'report.md'} and its figures")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

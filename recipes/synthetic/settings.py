@@ -1,0 +1,84 @@
+"""How a run trains, as one dataclass; and dataclasses as command line flags."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from recipes.synthetic.tasks.base import flag
+
+__all__ = ["RunSettings", "add_flags", "from_flags"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything about a run but its task and seed. A run ends when its steps or its minutes are over."""
+
+    method: str = flag(
+        "asentmax", "attention: softmax, ssmax, adaptive_temperature, topk, entmax, asentmax, stick_breaking"
+    )
+    positions: str = flag("nape", "rope, nope, alibi or nape (stick_breaking: rope or nope)")
+    steps: int = flag(20_000, "updates, 0 for no limit")
+    minutes: float = flag(0.0, "training time of each seed, 0 for no limit; compilation and validation don't count")
+    batch: int = flag(1024, "samples in an update")
+    warmup: int = flag(500, "updates over which the learning rate rises")
+    schedule: str = flag("linear", "linear (constant, then linear to 0) or cosine")
+    decay: float = flag(0.5, "part of the run over which a linear schedule falls to 0")
+    weight_decay: float = flag(0.0, "on matrices; length scalings, biases and norms have none")
+    clip: float = flag(1.0, "largest norm of the gradient")
+    corrupt: float = flag(
+        0.0, "probability with which an answer token, as an input in training, becomes a random letter"
+    )
+    jitter: float = flag(1.0, "scores of heads without ALiBi times a factor in [jitter, 1] per sample in training")
+    hard_candidates: int = flag(1, "train on the hardest `batch` of this many times as many samples, by their loss")
+    hard_from: float = flag(0.5, "part of the run after which the hardest are chosen")
+    alpha: float | None = flag(None, "entmax's alpha, in place of the method's")
+    top_k: int | None = flag(None, "keys that topk keeps, in place of 16")
+    gamma_range: float | None = flag(None, "range of ASEntmax's gamma, in place of 2")
+    delta: float | None = flag(None, "ASEntmax's constant, in place of 1")
+    alibi_slopes: str | None = flag(None, "harmonic (default) or geometric")
+    projection_std: float = flag(0.0, "standard deviation at the start of the weights that give beta and gamma")
+    gamma_start: float = flag(0.0, "bias of gamma's projection at the start (gamma = range tanh(bias))")
+    bf16_weights: bool = flag(False, "weights in bfloat16, as the paper's authors train, in place of float32")
+    compile: bool = flag(False, "torch.compile, with every batch padded to one shape")
+    validations: int = flag(0, "how often to validate over the run and keep the best model; 0 keeps the last")
+    validate_multiple: int = flag(64, "length of the validation samples, in multiples of the longest in training")
+    validate_samples: int = flag(512, "how many, apart from the test samples")
+    plateau: float = flag(0.3, "a mean loss below this counts as having left the plateau")
+    log_every: int = flag(100, "updates between two lines of the log")
+    save_every: float = flag(60.0, "seconds between two checkpoints")
+
+    def __post_init__(self) -> None:
+        if self.steps <= 0 and self.minutes <= 0:
+            raise ValueError("a run needs an end: give --steps or --minutes")
+        if self.schedule not in ("linear", "cosine"):
+            raise ValueError(f"schedule must be linear or cosine, got {self.schedule!r}")
+
+    @property
+    def attention_flags(self) -> dict[str, Any]:
+        """The flags of ASEntmaxConfig that were given."""
+        names = ("alpha", "top_k", "gamma_range", "delta", "alibi_slopes")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+def add_flags(parser: argparse.ArgumentParser, settings_class: type, title: str) -> None:
+    """One flag for each field of a dataclass made with `flag`."""
+    group = parser.add_argument_group(title)
+    hints = get_type_hints(settings_class)
+    for item in fields(settings_class):
+        name, help_text = f"--{item.name.replace('_', '-')}", f"{item.metadata['help']} (default: {item.default})"
+        kind = next((kind for kind in get_args(hints[item.name]) if kind is not type(None)), hints[item.name])
+        if kind is bool:
+            group.add_argument(
+                name, action=argparse.BooleanOptionalAction, default=item.default, help=item.metadata["help"]
+            )
+        else:
+            group.add_argument(name, type=kind, default=item.default, help=help_text)
+
+
+def from_flags(settings_class: type[T], parsed: argparse.Namespace) -> T:
+    """The dataclass from parsed flags."""
+    return settings_class(**{item.name: getattr(parsed, item.name) for item in fields(settings_class)})  # type: ignore[arg-type]

@@ -1,0 +1,175 @@
+"""MQMTAR: multi-query multi-token associative recall.
+
+A source is a row of slots of equal length, one key/value pair in each::
+
+    k k KVSEP v v _        spaces (_) before and after it fill the slot
+    QSEP k k               one for each query, after the last slot
+
+and the answer is ``QSEP v v`` for each query. Keys and values are words of two letters from a pool. The paper's
+distribution is the default; everything else here (near misses, words that all share one letter, a varying number of
+queries) changes the training data alone, never the test data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import ClassVar
+
+import torch
+
+from .base import Batch, Task, flag, integer_between
+from .words import WordPool, distinct_integers, has_repeats
+
+__all__ = ["Mqmtar"]
+
+# The authors draw the words of each of their data sets anew. Training has one pool, tests and validation another.
+_TRAINING_POOL, _TEST_POOL = 0, 1
+
+
+@lru_cache(maxsize=4)
+def _pools(size: int, seed: int, device: torch.device) -> tuple[WordPool, WordPool]:
+    """The keys and the values."""
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (WordPool.drawn(size, Mqmtar.FIRST_LETTER, Mqmtar.LETTERS, generator) for _ in range(2))
+    return first.to(device), second.to(device)
+
+
+@dataclass(frozen=True)
+class Mqmtar(Task):
+    """See the module's description. `length` counts the slots' tokens, rounded down to whole slots."""
+
+    name: ClassVar[str] = "mqmtar"
+    test_multiples: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
+    SPACE: ClassVar[int] = 0
+    KEY_VALUE: ClassVar[int] = 1
+    QUERY: ClassVar[int] = 2
+    FIRST_LETTER: ClassVar[int] = 3
+    LETTERS: ClassVar[int] = 256
+    QUERIES: ClassVar[int] = 4
+
+    hidden: int = flag(512, "width of the model")
+    heads: int = flag(16, "attention heads")
+    lr: float = flag(1e-3, "learning rate after warm-up")
+    pool: int = flag(10_000, "keys, and values, that there are (at most 65,536)")
+    filled: float = flag(0.8, "share of the length that the pairs fill")
+    min_queries: int = flag(4, "fewest queries of a training sample; tests always have 4")
+    max_queries: int = flag(4, "most queries of a training sample")
+    near_misses: float = flag(
+        0.0, "share of training samples, at the start, half of whose keys (values) share a letter"
+    )
+    near_misses_end: float = flag(0.0, "the same share once the ramp is over")
+    one_letter: float = flag(0.0, "share of training samples, at the start, all of whose keys (values) share a letter")
+    one_letter_end: float = flag(0.0, "the same share once the ramp is over")
+    ramp: float = flag(0.6, "part of the run over which the two shares change")
+    near_in: str = flag("both", "where near misses and shared letters are put: keys, values or both")
+
+    def __post_init__(self) -> None:
+        if self.near_in not in ("keys", "values", "both"):
+            raise ValueError(f"near_in must be keys, values or both, got {self.near_in!r}")
+        if not 1 <= self.min_queries <= self.max_queries:
+            raise ValueError(f"expected 1 <= min_queries <= max_queries, got {self.min_queries}, {self.max_queries}")
+
+    @property
+    def data_tokens(self) -> int:
+        return self.FIRST_LETTER + self.LETTERS
+
+    @property
+    def track(self) -> str:
+        shares = (self.near_misses, self.near_misses_end, self.one_letter, self.one_letter_end)
+        as_the_paper = (self.min_length, self.max_length, self.pool, self.filled) == (32, 64, 10_000, 0.8)
+        four_queries = self.min_queries == self.max_queries == self.QUERIES
+        return "paper" if as_the_paper and four_queries and not any(shares) else "own"
+
+    def pairs(self, length: int) -> int:
+        """How many pairs a source holds."""
+        return min(int(length * self.filled // 6), self.pool)
+
+    def distractors(self, length: int) -> int:
+        return self.pairs(length)
+
+    def padded_shape(self) -> tuple[int, int]:
+        answer = 3 * self.max_queries + 1
+        return self.max_length + 3 * self.max_queries + 2 + answer, answer
+
+    def queries_right(self, right: torch.Tensor) -> torch.Tensor:
+        return right[:, :-1].unflatten(1, (-1, 3))[..., 1:].all(dim=2)
+
+    def training_batch(self, size: int, generator: torch.Generator, shapes: torch.Generator, progress: float) -> Batch:
+        length = integer_between(self.min_length, self.max_length, shapes)
+        queries = integer_between(self.min_queries, self.max_queries, shapes)
+        pairs = self.pairs(length)
+        key_pool, value_pool = _pools(self.pool, _TRAINING_POOL, generator.device)
+        risen = min(1.0, progress / self.ramp) if self.ramp > 0 else 1.0
+        near = self.near_misses + risen * (self.near_misses_end - self.near_misses)
+        shared = self.one_letter + risen * (self.one_letter_end - self.one_letter)
+        in_keys, in_values = self.near_in != "values", self.near_in != "keys"
+        keys = _confusable(key_pool, size, pairs, in_keys * near, in_keys * shared, 2, generator)
+        values = _confusable(value_pool, size, pairs, in_values * near, in_values * shared, 1, generator)
+        return self._assembled(key_pool.words[keys], value_pool.words[values], length, queries, generator)
+
+    def test_batch(self, size: int, length: int, generator: torch.Generator) -> Batch:
+        key_pool, value_pool = _pools(self.pool, _TEST_POOL, generator.device)
+        pairs = self.pairs(length)
+        keys, values = (distinct_integers(size, pairs, self.pool, generator) for _ in range(2))
+        return self._assembled(key_pool.words[keys], value_pool.words[values], length, self.QUERIES, generator)
+
+    def _assembled(
+        self, keys: torch.Tensor, values: torch.Tensor, length: int, queries: int, generator: torch.Generator
+    ) -> Batch:
+        """Sources, queries and answers from keys and values, each (batch, pairs, 2)."""
+        size, pairs, _ = keys.shape
+        if pairs == 0:
+            raise ValueError(f"a length of {length} holds no pair; it takes at least {int(6 / self.filled) + 1}")
+        device = keys.device
+        slot = length // pairs
+        pair = torch.cat([keys, torch.full_like(keys[..., :1], self.KEY_VALUE), values], dim=2)
+        # As the authors' code: the pair and the space after it stand between slot - 1 and slot - 3 spaces, of which
+        # slot - 6 are kept at random.
+        kept = torch.rand((size, pairs, 2 * slot - 4), generator=generator, device=device).argsort(dim=2)
+        before = (kept[..., : slot - 6] < slot - 1).sum(dim=2, keepdim=True)
+        slots = torch.full((size, pairs, slot), self.SPACE, dtype=torch.int64, device=device)
+        slots.scatter_(2, before + torch.arange(5, device=device), pair)
+        asked = torch.randint(pairs, (size, queries, 1), generator=generator, device=device).expand(-1, -1, 2)
+        marker = torch.full((size, queries, 1), self.QUERY, dtype=torch.int64, device=device)
+        query = torch.cat([marker, keys.gather(1, asked)], dim=2).flatten(1)
+        answer = torch.cat([marker, values.gather(1, asked)], dim=2).flatten(1)
+        source = slots.flatten(1)
+        prompt = torch.cat([self._marker(self.bos, source), source, query, self._marker(self.sep, source)], dim=1)
+        return self._answered(prompt, answer, corruptible=torch.arange(1, 3 * queries, 3, device=device))
+
+
+def _confusable(
+    pool: WordPool,
+    size: int,
+    pairs: int,
+    near: float,
+    shared: float,
+    places: int,
+    generator: torch.Generator,
+) -> torch.Tensor:
+    """(size, pairs) indices of distinct words: at random, but for the shares of the samples that are made hard.
+
+    Args:
+        near: share in which half of the words share one letter with another word.
+        shared: share in which all words share one letter.
+        places: which letter may be shared: 1 the first only, 2 either.
+    """
+    words = distinct_integers(size, pairs, len(pool.words), generator)
+    if near > 0:
+        half = pairs // 2
+        base = words[:, :half]
+        alternative = torch.cat([base, pool.sharing_a_letter(base, places, generator), words[:, 2 * half :]], dim=1)
+        order = torch.rand(words.shape, generator=generator, device=words.device).argsort(dim=1)
+        words = _some_rows(words, alternative.gather(1, order), near, generator)
+    if shared > 0:
+        words = _some_rows(words, pool.all_sharing_a_letter(size, pairs, places, generator), shared, generator)
+    return words
+
+
+def _some_rows(
+    words: torch.Tensor, alternative: torch.Tensor, share: float, generator: torch.Generator
+) -> torch.Tensor:
+    """`alternative` in a share of the rows, but never in a row where it repeats a word."""
+    chosen = torch.rand(words.shape[0], generator=generator, device=words.device) < share
+    return torch.where((chosen & ~has_repeats(alternative))[:, None], alternative, words)

@@ -1,0 +1,70 @@
+"""Train a model on a synthetic task, one for each seed. Interrupted runs go on when called again.
+
+    python -m recipes.synthetic.train --task mqmtar --seeds 0 1 2 --steps 0 --minutes 5 --corrupt 0.5 --jitter 0.5
+
+`--task NAME --help` shows the flags of that task. Each seed gets a folder below --out with its model (for
+`from_pretrained`), run.json and a checkpoint; recipes.synthetic.evaluate tests it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+from recipes.common import default_device, results_header, write_json
+from recipes.synthetic.settings import RunSettings, add_flags, from_flags
+from recipes.synthetic.tasks import TASKS
+from recipes.synthetic.trainer import Trainer
+
+
+def run_name(task: str, settings: RunSettings, name: str) -> str:
+    """The folder of a run's seeds."""
+    return "-".join(part for part in (task, settings.method, settings.positions, name) if part)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; see the module's description."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--task", choices=TASKS, default="mqmtar", help="what to learn (default: mqmtar)")
+    task_class = TASKS[first.parse_known_args(arguments)[0].task]
+    parser = argparse.ArgumentParser(
+        parents=[first], description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run for each (default: 0)")
+    parser.add_argument("--name", default="", help="a word that tells this variant from others")
+    parser.add_argument("--out", type=Path, default=Path("runs/synthetic"), help="folder for the runs")
+    parser.add_argument("--stop-after", type=float, default=math.inf, help="minutes after which to save and leave")
+    parser.add_argument("--profile", action="store_true", help="show where a step's time goes, and leave")
+    parser.add_argument("--device", type=torch.device, default=default_device(), help="default: a GPU if there is one")
+    add_flags(parser, task_class, f"the task {task_class.name}: data, model size, learning rate")
+    add_flags(parser, RunSettings, "the run")
+    parsed = parser.parse_args(arguments)
+    task, settings = from_flags(task_class, parsed), from_flags(RunSettings, parsed)
+
+    logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("high")
+    for seed in parsed.seeds:
+        folder = parsed.out / run_name(task.name, settings, parsed.name) / f"seed{seed}"
+        if (folder / "run.json").exists():
+            print(f"{folder} is finished already")
+            continue
+        trainer = Trainer(task, settings, seed, folder, parsed.device)
+        if parsed.profile:
+            print(trainer.profile())
+            return
+        if not trainer.run(parsed.stop_after):
+            print(f"stopped at step {trainer.step}; the same command goes on from there")
+            return
+        summary = trainer.summary()
+        write_json(folder / "run.json", {"header": results_header(parsed.device, [seed]), **summary})
+        rates = f"{summary['samples_per_second']:,.0f} samples/s, {summary['tokens_per_second']:,.0f} tokens/s"
+        print(f"{folder}: {summary['steps']} steps in {summary['seconds']:.0f} s, {rates}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

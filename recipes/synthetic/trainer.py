@@ -1,0 +1,274 @@
+"""The training of one model: steps, log, checkpoints that resume exactly, validation."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import hf_asentmax
+from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
+from recipes.synthetic.models import build_model, outputs_at
+from recipes.synthetic.regularise import ScoreJitter, corrupted_answers, hardest
+from recipes.synthetic.settings import RunSettings
+from recipes.synthetic.tasks import Batch, Task
+
+__all__ = ["Trainer", "learning_rate"]
+
+
+def learning_rate(peak: float, step: int, progress: float, settings: RunSettings) -> float:
+    """Warm-up by steps, then the schedule by how much of the run lies behind (0 to 1)."""
+    warm = min(1.0, (step + 1) / max(1, settings.warmup))
+    if settings.schedule == "cosine":
+        return peak * warm * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return peak * warm * max(0.0, min(1.0, (1 - progress) / max(settings.decay, 1e-9)))
+
+
+class Trainer:
+    """Trains one model and keeps what a resumed run needs in ``folder/checkpoint.pt``.
+
+    The run is a function of task, settings and seed, wherever it was interrupted, when it is limited by steps. Limited
+    by minutes, its learning rate follows the clock.
+
+    Args:
+        task, settings, seed: what to train.
+        folder: for the checkpoint and the model; an interrupted run found there goes on.
+        device: where to train.
+    """
+
+    def __init__(self, task: Task, settings: RunSettings, seed: int, folder: Path, device: torch.device) -> None:
+        self.task, self.settings, self.seed, self.folder, self.device = task, settings, seed, folder, device
+        torch.manual_seed(seed)
+        self.model = build_model(task, settings.method, settings.positions, settings.attention_flags)
+        self.model.to(device)  # type: ignore[arg-type]
+        _start_projections(self.model, settings)
+        if settings.bf16_weights:
+            self.model.to(torch.bfloat16)  # type: ignore[arg-type]
+        alibi_heads = {"nape": task.heads // 2, "alibi": task.heads}.get(settings.positions, 0)
+        self.jitter = ScoreJitter(self.model, settings.jitter, alibi_heads)
+        self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
+        self.optimizer = torch.optim.AdamW(
+            hf_asentmax.parameter_groups(self.model, settings.weight_decay),
+            lr=task.lr,
+            betas=(0.9, 0.99),
+            fused=device.type == "cuda",
+        )
+        # One source for the data and what is done to it, on the device; one for shapes, on the host.
+        self.data = torch.Generator(device).manual_seed(seed + 1)
+        self.shapes = torch.Generator().manual_seed(seed + 1)
+        self.step, self.seconds, self.tokens = 0, 0.0, 0
+        self.loss_sum = torch.zeros((), device=device)
+        self.log: list[dict[str, Any]] = []
+        self.validations: list[dict[str, Any]] = []
+        self.left_plateau: dict[str, Any] | None = None
+        self.kept_step: int | None = None
+        if self._checkpoint.exists():
+            self._restore()
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.folder / "checkpoint.pt"
+
+    @property
+    def progress(self) -> float:
+        """How much of the run lies behind, from 0 to 1."""
+        steps, minutes = self.settings.steps, self.settings.minutes
+        return max(self.step / steps if steps > 0 else 0.0, self.seconds / (60 * minutes) if minutes > 0 else 0.0)
+
+    def run(self, stop_after: float = math.inf) -> bool:
+        """Train to the end, or for about `stop_after` minutes of this process.
+
+        Returns:
+            Whether the run is over; else a checkpoint was saved, and another call goes on.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.model.train()
+        process_start = last_save = time.monotonic()
+        clock: float | None = None  # starts after the first step, which compiles
+        bar = tqdm(total=self.settings.steps or None, initial=self.step, unit="step", desc=self.folder.parent.name)
+        while self.progress < 1:
+            self._update()
+            self.step += 1
+            bar.update()
+            if clock is None:
+                self._wait()
+                clock = time.monotonic()
+            else:
+                now = time.monotonic()
+                self.seconds, clock = self.seconds + now - clock, now
+            if self.step % self.settings.log_every == 0:
+                self._write_log(bar)
+            due = self.settings.validations * self.progress >= len(self.validations) + 1
+            if due and self.settings.validations > 0:
+                self._wait()
+                self.seconds += time.monotonic() - clock
+                self._validate(bar)
+                clock = time.monotonic()
+            now = time.monotonic()
+            if now - process_start >= 60 * stop_after and self.progress < 1:
+                self._save()
+                bar.close()
+                return False
+            if now - last_save >= self.settings.save_every:
+                self._save()
+                last_save = now
+        bar.close()
+        self.model.eval()
+        if self.settings.validations == 0:
+            self._keep()
+        self._save()
+        return True
+
+    def summary(self) -> dict[str, Any]:
+        """What a results file says about the run."""
+        rate = self.step / self.seconds if self.seconds > 0 else 0.0
+        return {
+            "task": self.task.name,
+            "track": self.task.track,
+            "seed": self.seed,
+            "task_settings": asdict(self.task),
+            "settings": asdict(self.settings),
+            "steps": self.step,
+            "samples": self.step * self.settings.batch,
+            "seconds": round(self.seconds, 1),
+            "samples_per_second": round(rate * self.settings.batch, 1),
+            "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds > 0 else 0.0,
+            "left_plateau": self.left_plateau,
+            "kept_step": self.kept_step,
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "validations": self.validations,
+            "log": self.log,
+        }
+
+    def profile(self, steps: int = 5) -> str:
+        """A table of what takes the time in a few (further) steps: on a GPU its kernels, those of attention by name."""
+        self.model.train()
+        for _ in range(3):
+            self._update()
+        self._wait()
+        on_gpu = self.device.type == "cuda"
+        activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            for _ in range(steps):
+                self._update()
+            self._wait()
+        order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+        return str(profiler.key_averages().table(sort_by=order, row_limit=20, max_name_column_width=60))
+
+    def _update(self) -> None:
+        settings, progress = self.settings, self.progress
+        batch = self._next_batch(progress)
+        self.tokens += batch.inputs.shape[0] * batch.inputs.shape[1]
+        if settings.compile:
+            batch = batch.padded(*self.task.padded_shape())
+        self.jitter.draw(len(batch), self.data)
+        loss = self._losses(batch, "mean")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.task.lr, self.step, progress, settings)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss_sum += loss.detach()
+
+    def _next_batch(self, progress: float) -> Batch:
+        settings = self.settings
+        choosing = settings.hard_candidates > 1 and progress >= settings.hard_from
+        size = settings.batch * (settings.hard_candidates if choosing else 1)
+        batch = self.task.training_batch(size, self.data, self.shapes, progress)
+        if choosing:
+            self.jitter.lowest(settings.batch, self.device)
+            batch = hardest(batch, settings.batch, lambda part: self._losses(part, "none").sum(dim=1))
+        return corrupted_answers(batch, self.task, settings.corrupt, self.data)
+
+    def _losses(self, batch: Batch, reduction: str) -> torch.Tensor:
+        """The mean loss of all targets, or (batch, targets) losses."""
+        with autocast(self.device):
+            logits = outputs_at(self.forward, batch)
+        return nn.functional.cross_entropy(logits.float().transpose(1, 2), batch.labels, reduction=reduction)
+
+    def _write_log(self, bar: tqdm[Any]) -> None:
+        loss = float(self.loss_sum) / self.settings.log_every
+        self.loss_sum.zero_()
+        self.log.append({"step": self.step, "seconds": round(self.seconds, 2), "loss": loss})
+        if self.left_plateau is None and loss < self.settings.plateau:
+            samples = self.step * self.settings.batch
+            self.left_plateau = {"step": self.step, "seconds": round(self.seconds, 1), "samples": samples}
+        rate = self.step * self.settings.batch / self.seconds if self.seconds > 0 else 0.0
+        bar.set_postfix_str(f"loss {loss:.5f}, {rate:,.0f} samples/s, {self.seconds:.0f} s")
+
+    def _validate(self, bar: tqdm[Any]) -> None:
+        self.model.eval()
+        length = self.settings.validate_multiple * self.task.max_length
+        result = measure(self.model, self.task, length, self.settings.validate_samples, seed=VALIDATION_SEED)
+        self.model.train()
+        better = all(_error(result) <= _error(earlier) for earlier in self.validations)
+        self.validations.append({"step": self.step, **result})
+        bar.write(f"step {self.step}: " + ", ".join(f"{name} {value}" for name, value in result.items()))
+        if better:
+            self._keep()
+
+    def _keep(self) -> None:
+        self.model.save_pretrained(self.folder / "model")
+        self.kept_step = self.step
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "data": self.data.get_state(),
+            "shapes": self.shapes.get_state(),
+            **{name: getattr(self, name) for name in _COUNTERS},
+            **self._identity(),
+        }
+        partial = self._checkpoint.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self._checkpoint)
+
+    def _restore(self) -> None:
+        state = torch.load(self._checkpoint, map_location="cpu", weights_only=True)
+        differing = [name for name, value in self._identity().items() if state[name] != value]
+        if differing:
+            raise ValueError(
+                f"{self._checkpoint} is of a run with other {' and '.join(differing)}; name this one apart"
+            )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.data.set_state(state["data"])
+        self.shapes.set_state(state["shapes"])
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+        self.loss_sum = self.loss_sum.to(self.device)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree for a checkpoint to go on."""
+        task = {"name": self.task.name, **asdict(self.task)}
+        return {"task": task, "settings": asdict(self.settings), "seed": self.seed}
+
+
+_COUNTERS = ("step", "seconds", "tokens", "loss_sum", "log", "validations", "left_plateau", "kept_step")
+
+
+def _error(result: dict[str, Any]) -> float:
+    """What validation minimises: the query-error law's e where there is one, else the share of wrong tokens."""
+    return result["e"] if "e" in result else 1 - result["token_accuracy"]
+
+
+def _start_projections(model: nn.Module, settings: RunSettings) -> None:
+    """Start ASEntmax's projections elsewhere than at zero, where that was asked for."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("length_scaling.beta_weight", "length_scaling.gamma_weight")) and settings.projection_std:
+                parameter.normal_(0.0, settings.projection_std)
+            if name.endswith("length_scaling.gamma_bias") and settings.gamma_start:
+                parameter.fill_(settings.gamma_start)

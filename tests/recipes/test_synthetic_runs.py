@@ -1,0 +1,310 @@
+"""Training, resuming, measuring and reporting of the synthetic tasks, with tiny models on the CPU."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from recipes.synthetic import evaluate, measuring, report, train
+from recipes.synthetic.measuring import measure, wilson_interval
+from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
+from recipes.synthetic.regularise import ScoreJitter, corrupted_answers, hardest
+from recipes.synthetic.settings import RunSettings
+from recipes.synthetic.stick_breaking import stick_breaking_attention
+from recipes.synthetic.tasks import TASKS, Batch, Mqmtar, Task
+from recipes.synthetic.trainer import Trainer, learning_rate
+
+SIZES = {"layers": 2, "hidden": 16, "heads": 4, "head_dim": 8, "ffn": 32}
+SIZE_FLAGS = [text for name, value in SIZES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+SMALL = Mqmtar(**SIZES, pool=300)  # type: ignore[arg-type]
+CPU = torch.device("cpu")
+
+
+def positions_for(method: str) -> str:
+    return "nope" if method == "stick_breaking" else "nape"
+
+
+def small(name: str) -> Task:
+    sizes = {"hidden": 16, "ffn": 16} if name == "max_retrieval" else SIZES
+    return TASKS[name](**sizes)  # type: ignore[arg-type]
+
+
+# --- models and measuring
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_teacher_forced_accuracy_is_that_of_generation(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are what the model generates, changed in one token in half of the samples; both must see the same."""
+    torch.manual_seed(0)
+    model = build_model(SMALL, method, positions_for(method)).double().eval()
+    for parameter in model.parameters():  # far from uniform outputs
+        nn.init.normal_(parameter, std=0.3) if parameter.ndim == 2 else None
+    model.generation_config.eos_token_id = None
+    batch = SMALL.test_batch(8, 64, torch.Generator().manual_seed(0))
+    targets = batch.labels.shape[1]
+
+    def generated(prompt: torch.Tensor) -> torch.Tensor:
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=targets,
+            do_sample=False,
+            pad_token_id=SMALL.eos,
+        )
+        return output[:, prompt.shape[1] :]
+
+    answer = generated(batch.prompt).clone()
+    for row in range(0, 8, 2):
+        answer[row, row] = (answer[row, row] + 1) % SMALL.vocabulary
+    inputs = torch.cat([batch.prompt, answer], dim=1)
+    altered = replace(batch, inputs=inputs, labels=answer)
+    right = outputs_at(model, altered).argmax(dim=-1) == altered.labels
+    by_generation = (generated(batch.prompt) == answer).all(dim=1)
+    assert torch.equal(right.all(dim=1), by_generation)
+    assert by_generation.tolist() == [False, True] * 4
+
+    monkeypatch.setattr(measuring, "fixed_batches", lambda *_: iter([altered]))
+    result = measure(model, SMALL, 64, 8)
+    assert result["exact_match"] == 0.5 and result["samples"] == 8
+    assert result["pairs"] == 8 and result["e"] == pytest.approx(result["queries_wrong"] / 32 / 8)
+
+
+def test_measure_does_not_depend_on_batches() -> None:
+    torch.manual_seed(0)
+    for name in ("flip_flop", "local_count", "max_retrieval"):
+        task = small(name)
+        model = build_model(task, "softmax", "nope").eval()
+        one, many = (measure(model, task, 64, 20, tokens_at_once=tokens) for tokens in (64, 64 * 7))
+        assert {**one, "seconds": 0, "input_tokens": 0} == {**many, "seconds": 0, "input_tokens": 0}
+
+
+def test_the_first_samples_of_a_length_stay_the_same() -> None:
+    few, more = (next(measuring.fixed_batches(SMALL, 96, count, 100, seed=1)) for count in (3, 9))
+    assert torch.equal(few.inputs, more.inputs[:3]) and len(more) == 9
+    other = next(measuring.fixed_batches(SMALL, 96, 3, 100, seed=2))
+    assert not torch.equal(few.inputs, other.inputs)
+
+
+def test_wilson_interval() -> None:
+    assert wilson_interval(95, 100) == pytest.approx((0.88825, 0.97846), abs=1e-5)
+    assert wilson_interval(0, 10)[0] == 0.0 and wilson_interval(10, 10)[1] == 1.0
+    with pytest.raises(ValueError, match="3 of 2"):
+        wilson_interval(3, 2)
+
+
+def test_metric_loads_offline_and_agrees(tmp_path: Path) -> None:
+    library = pytest.importorskip("evaluate")
+    folder = Path(evaluate.__file__).parent / "metrics" / "exact_answers"
+    metric = library.load(str(folder), cache_dir=str(tmp_path))
+    result = metric.compute(predictions=[[1, 2], [1, 3], [4]], references=[[1, 2], [1, 2], [4, 5]])
+    assert result["exact_match"] == pytest.approx(1 / 3) and result["token_accuracy"] == pytest.approx(4 / 6)
+    assert result["interval"] == pytest.approx(wilson_interval(1, 3)) and result["samples"] == 3
+
+
+@pytest.mark.parametrize("length", [1, 6, 33])
+def test_stick_breaking_breaks_a_stick(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key, value = torch.randn(3, 2, 3, length, 4, dtype=torch.float64)
+    expected = torch.zeros_like(value)
+    share = torch.sigmoid(query @ key.transpose(-1, -2) * 0.5)
+    for i in range(length):
+        left = torch.ones(2, 3, dtype=torch.float64)
+        for j in range(i - 1, -1, -1):
+            expected[:, :, i] += (left * share[:, :, i, j])[..., None] * value[:, :, j]
+            left = left * (1 - share[:, :, i, j])
+        expected[:, :, i] += left[..., None] * value[:, :, i]
+    torch.testing.assert_close(stick_breaking_attention(query, key, value, 0.5), expected)
+    last = stick_breaking_attention(query[:, :, -1:], key, value, 0.5)
+    torch.testing.assert_close(last, expected[:, :, -1:])
+    monkeypatch.setattr("recipes.synthetic.stick_breaking._SCORES_AT_ONCE", 2 * 3 * length * 4)
+    with torch.no_grad():
+        torch.testing.assert_close(stick_breaking_attention(query, key, value, 0.5), expected)
+
+
+def test_stick_breaking_without_rotation() -> None:
+    torch.manual_seed(0)
+    rope = build_model(SMALL, "stick_breaking", "rope").eval()
+    nope = build_model(SMALL, "stick_breaking", "nope").eval()
+    nope.load_state_dict(rope.state_dict())
+    ids = torch.randint(SMALL.vocabulary, (1, 12))
+    assert not torch.allclose(rope(ids).logits, nope(ids).logits)
+    shifted = {"position_ids": torch.arange(5, 17)[None]}
+    torch.testing.assert_close(nope(ids, **shifted).logits, nope(ids).logits)
+    with pytest.raises(ValueError, match="rope or nope"):
+        build_model(SMALL, "stick_breaking", "nape")
+
+
+# --- training
+
+
+def test_corrupted_answers_touch_answer_letters_only() -> None:
+    batch = SMALL.test_batch(50, 64, torch.Generator().manual_seed(0))
+    corrupted = corrupted_answers(batch, SMALL, 0.5, torch.Generator().manual_seed(1))
+    changed = corrupted.inputs != batch.inputs
+    at_letters = changed[:, batch.answer_letters]
+    assert changed.sum() == at_letters.sum() and 0.4 < at_letters.float().mean() < 0.6
+    assert torch.equal(corrupted.labels, batch.labels)
+    assert corrupted.inputs[:, batch.answer_letters].min() >= SMALL.FIRST_LETTER
+    assert corrupted_answers(batch, SMALL, 0.0, torch.Generator()) is batch
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_jitter_scales_the_scores_of_heads_without_alibi(method: str) -> None:
+    torch.manual_seed(0)
+    alibi_heads = 2 if positions_for(method) == "nape" else 0
+    model = build_model(SMALL, method, positions_for(method)).double().train()
+    batch = SMALL.test_batch(2, 64, torch.Generator().manual_seed(0))
+    plain = outputs_at(model, batch)
+    jitter = ScoreJitter(model, 0.3, alibi_heads)
+    jitter.lowest(2, CPU)
+    jittered = outputs_at(model, batch)
+    model.eval()
+    evaluated = outputs_at(model, batch)
+    model.train()
+    assert not torch.allclose(plain, jittered)
+    if method != "adaptive_temperature":  # which is another mapping outside of training
+        torch.testing.assert_close(evaluated, plain)
+    jitter._factor = None
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight[alibi_heads * SMALL.head_dim :] *= 0.3
+    torch.testing.assert_close(outputs_at(model, batch), jittered)
+
+
+def test_jitter_draws_one_factor_a_sample() -> None:
+    jitter = ScoreJitter(build_model(SMALL, "entmax", "nape"), 0.5, 2)
+    jitter.draw(1000, torch.Generator().manual_seed(0))
+    factor = jitter._factor
+    assert factor is not None and factor.shape == (1000, 1, 1)
+    assert 0.5 <= float(factor.min()) < 0.51 and 0.99 < float(factor.max()) <= 1.0
+
+
+def test_hardest_keeps_the_largest_losses() -> None:
+    batch = SMALL.test_batch(12, 64, torch.Generator().manual_seed(0))
+
+    def losses(part: Batch) -> torch.Tensor:
+        return part.inputs.sum(dim=1).float()
+
+    kept = losses(hardest(batch, 4, losses))
+    assert sorted(kept.tolist()) == sorted(losses(batch).tolist())[-4:]
+
+
+def test_learning_rate() -> None:
+    linear = RunSettings(warmup=10, decay=0.5)
+    assert learning_rate(1.0, 4, 0.0, linear) == 0.5 and learning_rate(1.0, 99, 0.5, linear) == 1.0
+    assert learning_rate(1.0, 99, 0.75, linear) == 0.5 and learning_rate(1.0, 99, 1.1, linear) == 0.0
+    cosine = RunSettings(warmup=0, schedule="cosine")
+    assert learning_rate(2.0, 0, 0.5, cosine) == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="needs an end"):
+        RunSettings(steps=0)
+
+
+def trained(folder: Path, task: Task, settings: RunSettings, stops: bool = False) -> Trainer:
+    """A finished run; with `stops` every step is made by a new process's trainer."""
+    while True:
+        trainer = Trainer(task, settings, 3, folder / "seed3", CPU)
+        if trainer.run(0.0 if stops else float("inf")):
+            return trainer
+
+
+def test_resuming_is_exact(tmp_path: Path) -> None:
+    task = replace(SMALL, near_misses_end=1.0, one_letter_end=0.3, min_queries=1, max_queries=5)
+    settings = RunSettings(
+        steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, hard_candidates=2, warmup=3, validations=2,
+        validate_multiple=1, validate_samples=4,
+    )  # fmt: skip
+    straight, resumed = trained(tmp_path / "a", task, settings), trained(tmp_path / "b", task, settings, stops=True)
+    assert len(straight.log) == 3 and len(straight.validations) == 2
+    assert [entry["loss"] for entry in straight.log] == [entry["loss"] for entry in resumed.log]
+    assert straight.tokens == resumed.tokens and straight.kept_step == resumed.kept_step
+    for (name, one), other in zip(
+        straight.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+    with pytest.raises(ValueError, match="other settings"):
+        Trainer(task, replace(settings, warmup=4), 3, tmp_path / "b" / "seed3", CPU)
+
+
+def test_starts_of_the_projections(tmp_path: Path) -> None:
+    plain = Trainer(SMALL, RunSettings(), 0, tmp_path, CPU).model.state_dict()
+    moved = RunSettings(projection_std=0.02, gamma_start=-0.3, bf16_weights=True)
+    model = Trainer(SMALL, moved, 0, tmp_path, CPU).model
+    scaling = "model.layers.1.self_attn.length_scaling"
+    assert not plain[f"{scaling}.gamma_weight"].any() and model.dtype == torch.bfloat16
+    assert 0.01 < model.state_dict()[f"{scaling}.gamma_weight"].std() < 0.03
+    assert (model.state_dict()[f"{scaling}.gamma_bias"] == torch.tensor(-0.3, dtype=torch.bfloat16)).all()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_trains_and_loads(name: str, tmp_path: Path) -> None:
+    task = small(name)
+    positions = "nope" if name == "max_retrieval" else "nape"
+    trainer = trained(tmp_path, task, RunSettings(positions=positions, steps=2, batch=4, log_every=1))
+    assert all(entry["loss"] > 0 for entry in trainer.log)
+    batch = task.test_batch(2, task.max_length, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            outputs_at(load_model(trainer.folder / "model"), batch), outputs_at(trainer.model.eval(), batch)
+        )
+
+
+def test_a_run_learns(tmp_path: Path) -> None:
+    task = replace(small("flip_flop"), min_length=8, max_length=8, lr=1e-2)
+    settings = RunSettings(steps=60, batch=32, warmup=5, log_every=10, plateau=0.6)
+    trainer = trained(tmp_path, task, settings)
+    assert trainer.log[-1]["loss"] < 0.5 * trainer.log[0]["loss"] and trainer.left_plateau is not None
+    assert measure(load_model(trainer.folder / "model"), task, 8, 100)["exact_match"] > 0.4
+
+
+# --- command lines
+
+
+def test_train_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs, results = tmp_path / "runs", tmp_path / "results"
+    common = ["--device", "cpu", "--out", str(runs), "--steps", "2", "--batch", "4", "--log-every", "1", *SIZE_FLAGS]
+    train.main(["--task", "mqmtar", "--seeds", "0", "1", "--corrupt", "0.5", *common])
+    train.main(["--task", "mqmtar", "--method", "softmax", "--near-misses", "0.3", "--name", "near", *common])
+    train.main(["--task", "copy", "--positions", "rope", *common])
+    train.main(["--task", "copy", "--positions", "rope", *common])
+    assert "finished already" in capsys.readouterr().out
+    test = ["--device", "cpu", "--samples", "3", "--results", str(results)]
+    evaluate.main([str(runs), "--multiples", "1", *test])
+    evaluate.main([str(runs), "--multiples", "1", "2", *test])
+    assert capsys.readouterr().out.count(" at 1x") == 4
+
+    files = sorted(file.name for file in results.glob("*.json"))
+    assert len(files) == 4 and "mqmtar-asentmax-nape-seed1.json" in files
+    content = json.loads((results / "mqmtar-asentmax-nape-seed1.json").read_text())
+    assert [entry["multiple"] for entry in content["lengths"]] == [1, 2]
+    assert content["run"]["samples"] == 8 and content["run"]["header"]["versions"]["torch"] == torch.__version__
+    assert {"e", "e_interval", "interval", "pairs"} <= set(content["lengths"][0])
+
+    report.main(["--results", str(results)])
+    text = (results / "report.md").read_text()
+    assert text.index("mqmtar, trained on a distribution of our own") < text.index("trained on the paper's")
+    assert "corrupt 0.5" in text and "| seed 1 |" in text and "| asentmax, paper |" in text
+    assert (results / "mqmtar-paper.png").stat().st_size > 1000 and (results / "mqmtar-own.png").exists()
+
+
+def test_stop_after_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--task", "sort", "--device", "cpu", "--out", str(tmp_path), "--steps", "2", "--batch", "2", *SIZE_FLAGS]
+    train.main([*command, "--stop-after", "0"])
+    assert "goes on from there" in capsys.readouterr().out
+    train.main(command)
+    assert json.loads((tmp_path / "sort-asentmax-nape" / "seed0" / "run.json").read_text())["steps"] == 2
+
+
+def test_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train.main(["--profile", "--device", "cpu", "--out", str(tmp_path), "--batch", "2", *SIZE_FLAGS])
+    assert "aten::mm" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["--task", name, "--help"])
+    assert "--min-length" in capsys.readouterr().out
