@@ -49,6 +49,11 @@ def _factor_dtype(parameter: torch.Tensor) -> torch.dtype:
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
+def _softplus(inputs: torch.Tensor) -> torch.Tensor:
+    """log(1 + exp(x)). torch.compile expects other strides of the gradient of torch's own softplus than it has."""
+    return torch.logaddexp(inputs, inputs.new_zeros(()))
+
+
 class SSMaxScaling(LengthScaling):
     r"""SSMax: s_h log n_i, one learned s per head ("Scalable-Softmax is superior for attention", Nakanishi 2025).
 
@@ -101,7 +106,7 @@ class AsentmaxScaling(LengthScaling):
     def forward(self, hidden_states: torch.Tensor, visible_count: torch.Tensor) -> torch.Tensor:
         dtype = _factor_dtype(self.beta_weight)
         inputs = hidden_states.to(self.beta_weight.dtype)
-        beta = nn.functional.softplus(nn.functional.linear(inputs, self.beta_weight, self.beta_bias).to(dtype))
+        beta = _softplus(nn.functional.linear(inputs, self.beta_weight, self.beta_bias).to(dtype))
         gamma = torch.tanh(nn.functional.linear(inputs, self.gamma_weight, self.gamma_bias).to(dtype))
         beta, gamma = beta.transpose(1, 2), self.gamma_range * gamma.transpose(1, 2)
         return self.delta + beta * _log_count(visible_count, 1, dtype).pow(gamma)
