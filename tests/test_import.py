@@ -7,7 +7,7 @@ import sys
 
 PROGRAM = """
 import sys
-import transformers.modeling_utils, transformers.masking_utils
+import transformers.modeling_utils, transformers.masking_utils, transformers.trainer_pt_utils  # none of them heavy
 before = set(sys.modules)
 sys.modules["triton"] = None  # import triton now fails, as on a machine without it
 import hf_asentmax

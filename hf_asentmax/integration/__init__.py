@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.pytorch_utils import ALL_LAYERNORM_LAYERS
 
 from ..config import PRESETS
-from ..scaling import LengthScaling
 from .forward import asentmax_attention_forward
 from .masks import asentmax_mask
 from .patches import apply_patches
@@ -20,7 +18,4 @@ def register() -> None:
         AttentionInterface.register(name, asentmax_attention_forward)
         # Without a mask function a name gets no mask at all, and padding would be ignored
         AttentionMaskInterface.register(name, asentmax_mask)
-    if LengthScaling not in ALL_LAYERNORM_LAYERS:
-        # Trainer decays every weight but biases and those of the layer types listed here
-        ALL_LAYERNORM_LAYERS.append(LengthScaling)  # type: ignore[arg-type]
     apply_patches()

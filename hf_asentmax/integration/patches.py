@@ -6,10 +6,11 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, trainer_pt_utils
 
 from ..config import PRESETS, ASEntmaxConfig
 from ..scaling import LengthScaling
@@ -22,7 +23,7 @@ __all__ = ["apply_patches"]
 _MARK = "_wrapped_by_hf_asentmax"
 
 
-def _wrap(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _wrap(owner: type | ModuleType, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     method = inspect.getattr_static(owner, name)
     original = method.__func__ if isinstance(method, classmethod) else method
     if getattr(original, _MARK, False):
@@ -39,6 +40,7 @@ def apply_patches() -> None:
     _wrap(PreTrainedModel, "post_init", _installing)
     _wrap(PreTrainedModel, "_initialize_weights", _initialising_scalings)
     _wrap(PreTrainedModel, "set_attn_implementation", _refusing_to_switch)
+    _wrap(trainer_pt_utils, "get_parameter_names", _without_scalings)
     _wrap(PreTrainedConfig, "to_dict", _with_plain_flags)
     _wrap(PreTrainedConfig, "to_json_file", _writing_flags)
 
@@ -156,6 +158,15 @@ def _refusing_to_switch(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self, attn_implementation, *args, **kwargs)
 
     return set_attn_implementation
+
+
+def _without_scalings(original: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """``Trainer`` decays the parameters that this recursive function lists, all but biases and norms."""
+
+    def get_parameter_names(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
+        return [] if isinstance(model, LengthScaling) else original(model, *args, **kwargs)
+
+    return get_parameter_names
 
 
 def _with_plain_flags(original: Callable[..., Any]) -> Callable[..., Any]:
