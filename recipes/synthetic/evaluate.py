@@ -1,6 +1,6 @@
 """Test trained models at many lengths and write one results file for each seed.
 
-    python -m recipes.synthetic.evaluate runs/synthetic/mqmtar-asentmax-nape
+    python recipes/synthetic/evaluate.py runs/synthetic/mqmtar-asentmax-nape
 
 takes every finished seed below the folders given. Results hold the run's settings, versions, device and commit; lengths
 that a results file of the same run already has are not measured again.
@@ -20,6 +20,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.common import default_device, results_header, write_json
 from recipes.synthetic.measuring import measure

@@ -1,6 +1,6 @@
 """Remake the tables and the accuracy-by-length figure from results files.
 
-    python -m recipes.synthetic.report
+    python recipes/synthetic/report.py
 
 writes report.md and a figure for each table beside the results. Each training distribution has its own table, and each
 row says which of the training's settings differ from their defaults. Rows pool the seeds of one setting; each seed's
@@ -17,6 +17,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.common import length_axes, save_figure
 from recipes.synthetic.evaluate import RESULTS
@@ -173,7 +175,7 @@ def _law_table(members: list[Group]) -> str:
 def figure(groups: list[Group], file: Path) -> None:
     """Accuracy by length, as the paper's Figure 1, for groups of one task and training distribution."""
     task = groups[0].task
-    trained = TASKS[task]().max_length
+    trained = groups[0].results[0]["run"]["task_settings"]["max_length"]
     published = PUBLISHED["exact_match"].get(task, {})
     lengths = [trained * multiple for multiple in sorted(set().union(*(group.multiples() for group in groups)))]
     drawing, axes = length_axes(trained, lengths)
@@ -188,7 +190,7 @@ def figure(groups: list[Group], file: Path) -> None:
             theirs = [trained * int(multiple) for multiple in row]
             axes.plot(theirs, row.values(), linestyle="--", linewidth=1.0, label=f"{method}, {source}")
     axes.set(title=f"{task}, trained on {_TRACKS[groups[0].track]}", ylabel="exact match, %", ylim=(-3, 103))
-    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0.0, -0.2))
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0.0, -0.25))
     save_figure(drawing, file)
 
 
@@ -199,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder = parser.parse_args(arguments).results
     results = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
     if not results:
-        parser.error(f"no results files in {folder}; recipes.synthetic.evaluate writes them")
+        parser.error(f"no results files in {folder}; evaluate.py writes them")
     groups = grouped(results)
     (folder / "report.md").write_text(markdown(groups))
     for (task, track), members in _tables(groups):

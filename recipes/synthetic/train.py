@@ -1,9 +1,9 @@
 """Train a model on a synthetic task, one for each seed. Interrupted runs go on when called again.
 
-    python -m recipes.synthetic.train --task mqmtar --seeds 0 1 2 --steps 0 --minutes 5 --corrupt 0.5 --jitter 0.5
+    python recipes/synthetic/train.py --task mqmtar --seeds 0 1 2 --steps 0 --minutes 5 --corrupt 0.5 --jitter 0.5
 
 `--task NAME --help` shows the flags of that task. Each seed gets a folder below --out with its model (for
-`from_pretrained`), run.json and a checkpoint; recipes.synthetic.evaluate tests it.
+`from_pretrained`), run.json and a checkpoint; evaluate.py tests it.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.common import default_device, results_header, write_json
 from recipes.synthetic.settings import RunSettings, add_flags, from_flags
@@ -48,6 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
+    start = time.monotonic()
     for seed in parsed.seeds:
         folder = parsed.out / run_name(task.name, settings, parsed.name) / f"seed{seed}"
         if (folder / "run.json").exists():
@@ -57,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
         if parsed.profile:
             print(trainer.profile())
             return
-        if not trainer.run(parsed.stop_after):
+        if not trainer.run(parsed.stop_after - (time.monotonic() - start) / 60):
             print(f"stopped at step {trainer.step}; the same command goes on from there")
             return
         summary = trainer.summary()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -91,7 +92,13 @@ class Trainer:
         self.model.train()
         process_start = last_save = time.monotonic()
         clock: float | None = None  # starts after the first step, which compiles
-        bar = tqdm(total=self.settings.steps or None, initial=self.step, unit="step", desc=self.folder.parent.name)
+        bar = tqdm(
+            total=self.settings.steps or None,
+            initial=self.step,
+            unit="step",
+            desc=f"{self.folder.parent.name} {self.folder.name}",
+            mininterval=1.0 if sys.stderr.isatty() else 15.0,  # a log file is spared thousands of lines
+        )
         while self.progress < 1:
             self._update()
             self.step += 1
@@ -201,7 +208,7 @@ class Trainer:
             samples = self.step * self.settings.batch
             self.left_plateau = {"step": self.step, "seconds": round(self.seconds, 1), "samples": samples}
         rate = self.step * self.settings.batch / self.seconds if self.seconds > 0 else 0.0
-        bar.set_postfix_str(f"loss {loss:.5f}, {rate:,.0f} samples/s, {self.seconds:.0f} s")
+        bar.set_postfix_str(f"loss {loss:.5f}, {rate:,.0f} samples/s, {self.seconds:.0f} s", refresh=False)
 
     def _validate(self, bar: tqdm[Any]) -> None:
         self.model.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,8 @@ __all__ = ["IGNORED", "Batch", "Task", "flag", "integer_between"]
 
 # The label of a place that does not count (cross_entropy's own default).
 IGNORED = -100
+# The flags of a task that say nothing about its data.
+_MODEL_FLAGS = frozenset({"layers", "hidden", "heads", "head_dim", "ffn", "lr"})
 
 
 def flag(default: Any, help: str) -> Any:
@@ -93,8 +95,6 @@ class Task:
     name: ClassVar[str]
     # Multiples of max_length at which the task is tested.
     test_multiples: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16, 32, 64)
-    # Whether the answer is generated after the source; else every source token has a label.
-    generative: ClassVar[bool] = True
     # Where the alphabet starts among the data tokens.
     FIRST_LETTER: ClassVar[int] = 0
 
@@ -135,8 +135,9 @@ class Task:
 
     @property
     def track(self) -> str:
-        """The training distribution, by which tables keep results apart: "paper" or "own"."""
-        return "paper"
+        """The training distribution, by which tables keep results apart: "paper", or "own" if a data flag differs."""
+        data = (item for item in fields(self) if item.name not in _MODEL_FLAGS)
+        return "paper" if all(getattr(self, item.name) == item.default for item in data) else "own"
 
     def padded_shape(self) -> tuple[int, int]:
         """(length, targets) that hold every training batch, for runs that need one shape."""

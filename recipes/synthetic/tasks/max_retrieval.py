@@ -21,7 +21,6 @@ class MaxRetrieval(Task):
 
     name: ClassVar[str] = "max_retrieval"
     test_multiples: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    generative: ClassVar[bool] = False
 
     min_length: int = flag(16, "fewest items in training")
     max_length: int = flag(16, "most items in training, and what 1x means in evaluation")

@@ -74,13 +74,6 @@ class Mqmtar(Task):
     def data_tokens(self) -> int:
         return self.FIRST_LETTER + self.LETTERS
 
-    @property
-    def track(self) -> str:
-        shares = (self.near_misses, self.near_misses_end, self.one_letter, self.one_letter_end)
-        as_the_paper = (self.min_length, self.max_length, self.pool, self.filled) == (32, 64, 10_000, 0.8)
-        four_queries = self.min_queries == self.max_queries == self.QUERIES
-        return "paper" if as_the_paper and four_queries and not any(shares) else "own"
-
     def pairs(self, length: int) -> int:
         """How many pairs a source holds."""
         return min(int(length * self.filled // 6), self.pool)

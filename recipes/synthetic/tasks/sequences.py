@@ -140,7 +140,6 @@ class TwoBack(Task):
     """Every token's label is the token two places before it (0 for the first two); the source starts with a 0."""
 
     name: ClassVar[str] = "two_back"
-    generative: ClassVar[bool] = False
 
     letters: int = flag(16, "size of the alphabet")
 
@@ -165,7 +164,6 @@ class LocalCount(Task):
     """
 
     name: ClassVar[str] = "local_count"
-    generative: ClassVar[bool] = False
 
     min_length: int = flag(64, "shortest source in training, on average")
     max_length: int = flag(128, "longest source in training, on average, and what 1x means in evaluation")
