@@ -36,8 +36,9 @@ def flags_of(config: PreTrainedConfig) -> ASEntmaxConfig:
 
 
 def preset_for_flags(flags: ASEntmaxConfig) -> str:
-    """The preset that says most of `flags`: the first with all its flags equal, else `asentmax`."""
+    """The preset with the mapping and scaling of `flags` (any number of keys for top-k), else `asentmax`."""
     for name, preset in PRESETS.items():
-        if all(getattr(flags, flag) == value for flag, value in preset.items()):
+        same_top_k = (flags.top_k is not None) == ("top_k" in preset)
+        if same_top_k and flags.alpha == preset["alpha"] and flags.scaling == preset["scaling"]:
             return name
     return "asentmax"
