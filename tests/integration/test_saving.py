@@ -232,6 +232,16 @@ def test_loading_through_the_meta_device(kwargs: dict[str, Any], checkpoint: tup
     assert torch.equal(logits(reloaded), logits(model))
 
 
+def test_offloading_layers(checkpoint: tuple[Path, PreTrainedModel], tmp_path: Path):
+    """accelerate brings the parameters of one layer from the disk for its forward, those of the scalings too."""
+    path, model = checkpoint
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    reloaded = AutoModelForCausalLM.from_pretrained(path, device_map=places, offload_folder=tmp_path / "offload")
+    assert reloaded.model.layers[1].self_attn.length_scaling.beta_weight.device.type == "meta"
+    assert torch.equal(logits(reloaded), logits(model))
+
+
 def test_building_on_the_meta_device():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config("llama"), attn_implementation="asentmax")
@@ -430,11 +440,14 @@ def test_asking_for_another_preset_contradicts_the_checkpoint(requested: str, ch
         AutoModelForCausalLM.from_pretrained(checkpoint[0], attn_implementation=requested)
 
 
-def test_asking_for_the_same_is_no_contradiction(checkpoint: tuple[Path, PreTrainedModel]):
-    path, model = checkpoint
-    assert torch.equal(
-        logits(AutoModelForCausalLM.from_pretrained(path, attn_implementation="asentmax")), logits(model)
-    )
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "learned"])
+def test_asking_for_the_name_it_was_built_with_is_no_contradiction(variant: str, tmp_path: Path):
+    name, flags = VARIANTS[variant]
+    model = build("llama", name, flags)
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == name
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=name)
+    assert torch.equal(logits(reloaded), logits(model))
 
 
 def test_flags_with_another_attention_are_refused():
