@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def task_of(run: dict[str, Any]) -> Task:
     """The task that a run.json describes."""
-    task_class = TASKS[run["task"]]
-    return task_class(**{item.name: run["task_settings"][item.name] for item in fields(task_class)})
+    return TASKS[run["task"]](**run["task_settings"])
 
 
 def evaluate_run(

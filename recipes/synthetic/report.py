@@ -75,8 +75,9 @@ def _changed(run: dict[str, Any]) -> str:
     parts = []
     for settings_class, values in ((RunSettings, run["settings"]), (TASKS[run["task"]], run["task_settings"])):
         for item in fields(settings_class):
-            if item.name not in _UNNAMED and values[item.name] != item.default:
-                parts.append(f"{item.name.replace('_', ' ')} {values[item.name]}")
+            value = values.get(item.name, item.default)
+            if item.name not in _UNNAMED and value != item.default:
+                parts.append(f"{item.name.replace('_', ' ')} {value}")
     return ", ".join(parts)
 
 
