@@ -16,7 +16,7 @@ from ..config import PRESETS, ASEntmaxConfig
 from ..scaling import LengthScaling
 from .install import install, installed_attentions
 from .names import FILE_IMPLEMENTATION, preset_for_flags
-from .saving import is_ours, write_config_file
+from .saving import drop_own_class, is_ours, write_config_file
 
 __all__ = ["apply_patches"]
 
@@ -188,6 +188,7 @@ def _writing_flags(original: Callable[..., Any]) -> Callable[..., Any]:
         if is_ours(self):
             write_config_file(self, json_file_path, use_diff)
         else:
+            drop_own_class(self)
             original(self, json_file_path, use_diff)
 
     return to_json_file

@@ -13,7 +13,23 @@ from transformers import PreTrainedConfig
 from ..config import ASEntmaxConfig
 from .names import FILE_IMPLEMENTATION, REMOTE_CLASS, REMOTE_MODULE, flags_of, preset_of
 
-__all__ = ["is_ours", "write_config_file"]
+__all__ = ["drop_own_class", "is_ours", "write_config_file"]
+
+_OWN_CLASS = f"{REMOTE_MODULE}.{REMOTE_CLASS}"
+
+
+def _is_own_class(reference: Any) -> bool:
+    """Some versions of transformers put the repository of a downloaded checkpoint before it: "repository--..."."""
+    return isinstance(reference, str) and reference.endswith(_OWN_CLASS)
+
+
+def drop_own_class(config: PreTrainedConfig) -> None:
+    """A config that came from one of our checkpoints and is softmax now names a module that isn't saved with it."""
+    auto_map = getattr(config, "auto_map", None)
+    if isinstance(auto_map, dict) and _is_own_class(auto_map.get("AutoConfig")):
+        config.auto_map = {name: reference for name, reference in auto_map.items() if name != "AutoConfig"}
+        if not config.auto_map:
+            del config.auto_map
 
 
 def _own_flags(config: PreTrainedConfig) -> ASEntmaxConfig | None:
@@ -71,11 +87,9 @@ def write_config_file(config: PreTrainedConfig, path: str | Path, use_diff: bool
     """
     path = Path(path)
     entries = _with_flags(config, json.loads(config.to_json_string(use_diff=use_diff)))
-    own_class = f"{REMOTE_MODULE}.{REMOTE_CLASS}"
     auto_map = dict(entries.get("auto_map") or {})
-    # some versions of transformers put the repository of a downloaded checkpoint before the entry: "repository--..."
-    if auto_map.get("AutoConfig", own_class).endswith(own_class):
-        auto_map["AutoConfig"] = own_class
+    if _is_own_class(auto_map.get("AutoConfig", _OWN_CLASS)):
+        auto_map["AutoConfig"] = _OWN_CLASS
         shutil.copyfile(Path(__file__).with_name("remote_config.py"), path.with_name(f"{REMOTE_MODULE}.py"))
     entries["auto_map"] = auto_map
     path.write_text(json.dumps(entries, indent=2, sort_keys=True) + "\n", encoding="utf-8")
