@@ -309,6 +309,17 @@ def test_a_custom_models_own_entry_stays(tmp_path: Path):
     assert config_file(tmp_path)["auto_map"] == model.config.auto_map
 
 
+def test_a_checkpoint_turned_back_into_softmax_is_a_plain_one(checkpoint: tuple[Path, PreTrainedModel], tmp_path: Path):
+    config = AutoConfig.from_pretrained(checkpoint[0])
+    del config.asentmax
+    softmax = AutoModelForCausalLM.from_pretrained(checkpoint[0], config=config, attn_implementation="sdpa")
+    softmax.save_pretrained(tmp_path / "softmax")
+    assert not {"asentmax", "auto_map", "attn_implementation"} & config_file(tmp_path / "softmax").keys()
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "softmax", trust_remote_code=True)
+    assert reloaded.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(reloaded), logits(softmax))
+
+
 # --- a softmax checkpoint as the start
 
 
