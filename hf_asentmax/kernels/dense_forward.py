@@ -1,11 +1,14 @@
 r"""Exact alpha-entmax attention over dense tiles, forward: one program solves one block of query rows.
 
 With u_j = (alpha-1) z_j, tau is the root of ||[u - tau]_+||_p = 1, p = 1/(alpha-1). The norm is convex and falling in
-tau, so a Newton step from either side lands at or below the root, and steps from below never pass it. A program
+tau, so a Newton step from either side lands at or below the root. A program
 
-1. guesses tau from a sample of the keys (the sample's own tau is a rigorous lower bound);
-2. passes over the keys, one Newton step a pass, and drops the key blocks that hold nothing above a proven lower bound;
-3. passes once more for sum p v and sum s v, and takes the last, tiny step in closed form:
+1. guesses tau from a sample of the keys, by the share of the mass that the sample should hold;
+2. where a row's sample holds too little of its support for that: one pass for the maximum of each residue class of
+   keys, whose own tau is a rigorous lower bound (as any subset's), and a tight one where supports are small;
+3. passes over the keys until tau is near: a step a pass, for alpha = 1.5 by the root of
+   sum r^2 - 2 d sum r + d^2 #support = 1, whose error is cubic, for other alpha Newton's;
+4. passes once more for sum p v and sum s v, and takes the last, tiny step in closed form:
    o(tau + d) = sum p v - d/(alpha-1) sum s v + O(d^2), with s = p^(2-alpha).
 
 The mean value sum s v / sum s is what the backward pass needs: dz = s (dp - do . mean_value).
@@ -28,17 +31,17 @@ from .device import (
 
 __all__ = ["ACTIVE_ROWS", "KEY_BLOCK", "dense_forward_kernel", "key_norm_kernel"]
 
-# Keys a block: the grain at which blocks are dropped. Liveness in the block map: 0 or >= 3 dead, 1 live and seen by all
-# of its rows, 2 live and partly masked.
+# Keys a block of the block map, which says what the backward pass has to visit: 0 nothing (no key of the block has a
+# weight in these rows), 1 a block seen by all of its rows, 2 a partly masked one.
 KEY_BLOCK = 128
 # Query rows that another regime leaves to this one together.
 ACTIVE_ROWS = 128
 _FULL = tl.constexpr(1)
 _MASKED = tl.constexpr(2)
-_FIRST_PASS = tl.constexpr(3)
-_CHUNK = tl.constexpr(128)
 _MAX_PASSES = tl.constexpr(24)
 _MAX_OUTPUTS = tl.constexpr(4)
+# A row with fewer keys of its sample in the support gets its bound from class maxima.
+_ENOUGH = tl.constexpr(4)
 
 
 @triton.jit
@@ -74,40 +77,66 @@ def _tile_scores(
 
 
 @triton.jit
-def _sum_pass(
-    sum_p, sum_s, tau, live, blocks, first, last, mark,
-    q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
-    MASKED: tl.constexpr, BN: tl.constexpr, KB: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+def _tile_start(step, head_steps, low, full_high, SIZE: tl.constexpr):
+    """First key of a masked tile: tiles from `low` on first, then those from `full_high` on."""
+    return tl.where(step < head_steps, low + step * SIZE, full_high + (step - head_steps) * SIZE)
+
+
+@triton.jit
+def _maximum_pass(
+    maxima, first, steps, head_steps, low, full_high, q, key, masks, scoring, slope, batch, head, kv_head,
+    rows, row_position, base, start, stop, q_len, kv_len,
+    MASKED: tl.constexpr, SIZE: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds sum p and sum s at tau over listed blocks [first, last), marking in `live` those that hold anything."""
-    parts: tl.constexpr = KB // BN
-    for step in range(first * parts, last * parts):
-        block = tl.load(blocks + step // parts).to(tl.int32)
+    """maxima (rows, SIZE): the maximum of each residue class of keys modulo SIZE."""
+    for step in range(0, steps):
+        first_key = first + step * SIZE
+        if MASKED:
+            first_key = _tile_start(step, head_steps, low, full_high, SIZE)
         score = _tile_scores(
             q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop,
-            block * KB + (step % parts) * BN, q_len, kv_len, MASKED, BN, D, HEAD_DIM, PRECISION,
+            first_key, q_len, kv_len, MASKED, SIZE, D, HEAD_DIM, PRECISION,
+        )  # fmt: skip
+        maxima = tl.maximum(maxima, score)
+    return maxima
+
+
+@triton.jit
+def _sum_pass(
+    sum_p, sum_s, count, tau, first, steps, head_steps, low, full_high,
+    q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
+    MASKED: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds p, s and (alpha = 1.5) the support's indicator at tau, by residue classes: all (rows, BN)."""
+    for step in range(0, steps):
+        first_key = first + step * BN
+        if MASKED:
+            first_key = _tile_start(step, head_steps, low, full_high, BN)
+        score = _tile_scores(
+            q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop,
+            first_key, q_len, kv_len, MASKED, BN, D, HEAD_DIM, PRECISION,
         )  # fmt: skip
         p, s = support_powers(tl.maximum(score - tau[:, None], 0.0), scoring.exponent)
-        row_s = tl.sum(s, 1)
-        sum_p += tl.sum(p, 1)
-        sum_s += row_s
-        tl.store(live + block + rows * 0, tl.full(rows.shape, mark, tl.uint8), mask=row_s > 0)
-    return sum_p, sum_s
+        sum_p += p
+        sum_s += s
+        if scoring.exponent == 2.0:
+            count += tl.where(s > 0, 1.0, 0.0)
+    return sum_p, sum_s, count
 
 
 @triton.jit
 def _output_pass(
-    acc_p, acc_s, sum_p, sum_s, count, tau, live, blocks, first, last,
+    acc_p, acc_s, sum_p, sum_s, tau, live, first, steps, head_steps, low, full_high,
     q, key, value, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
     MASKED: tl.constexpr, BN: tl.constexpr, KB: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
     DV: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr, P_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Adds sum p v, sum s v (times P_SCALE), sum p, sum s and the support's size at tau over blocks [first, last)."""
-    parts: tl.constexpr = KB // BN
+    """Adds sum p v, sum s v (times P_SCALE), sum p and sum s at tau, and marks the blocks that hold support."""
     mark: tl.constexpr = _MASKED if MASKED else _FULL
-    for step in range(first * parts, last * parts):
-        block = tl.load(blocks + step // parts).to(tl.int32)
-        first_key = block * KB + (step % parts) * BN
+    for step in range(0, steps):
+        first_key = first + step * BN
+        if MASKED:
+            first_key = _tile_start(step, head_steps, low, full_high, BN)
         score = _tile_scores(
             q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop,
             first_key, q_len, kv_len, MASKED, BN, D, HEAD_DIM, PRECISION,
@@ -116,13 +145,11 @@ def _output_pass(
         row_s = tl.sum(s, 1)
         sum_p += tl.sum(p, 1)
         sum_s += row_s
-        if scoring.exponent == 2.0:
-            count += tl.sum(tl.where(s > 0, 1.0, 0.0), 1)
-        tl.store(live + block + rows * 0, tl.full(rows.shape, mark, tl.uint8), mask=row_s > 0)
+        tl.store(live + first_key // KB + rows * 0, tl.full(rows.shape, mark, tl.uint8), mask=row_s > 0)
         v = load_rows(value, batch, kv_head, first_key, BN, kv_len, MASKED, DV, VALUE_DIM)
         acc_p = tl.dot((p * P_SCALE).to(v.dtype), v, acc_p, input_precision=PRECISION)
         acc_s = tl.dot((s * P_SCALE).to(v.dtype), v, acc_s, input_precision=PRECISION)
-    return acc_p, acc_s, sum_p, sum_s, count
+    return acc_p, acc_s, sum_p, sum_s
 
 
 @triton.jit
@@ -135,66 +162,53 @@ def _newton_step(total, slope_sum, exponent: tl.constexpr):
 
 
 @triton.jit
-def _keep_live(blocks, live, masked, total, mark):
-    """Drops from the list the blocks not marked in this pass, keeping the order; (masked, total) of what stays."""
-    kept = 0
-    kept_masked = 0
-    for chunk in range(0, total, _CHUNK):
-        index = chunk + tl.arange(0, _CHUNK)
-        block = tl.load(blocks + index, mask=index < total, other=0)
-        keep = (index < total) & (tl.load(live + block.to(tl.int32), mask=index < total, other=0) == mark)
-        ones = keep.to(tl.int32)
-        place = kept + tl.cumsum(ones, 0) - 1
-        tl.debug_barrier()
-        tl.store(blocks + place, block, mask=keep)
-        kept += tl.sum(ones, 0)
-        kept_masked += tl.sum(tl.where(index < masked, ones, 0), 0)
-    tl.debug_barrier()
-    return kept_masked, kept
+def _closer_step(norm, newton, total, slope_sum, count, exponent: tl.constexpr):
+    """The step to take: for alpha = 1.5 the quadratic's root where it exists and the norm is near 1, else Newton's."""
+    if exponent != 2.0:
+        return newton
+    surplus = total - 1.0
+    inside = slope_sum * slope_sum - count * surplus
+    root = slope_sum + tl.sqrt(tl.maximum(inside, 0.0))
+    good = (inside > 0) & (norm < 4.0) & (root > 0)
+    return tl.where(good, surplus / tl.where(good, root, 1.0), newton)
 
 
 @triton.jit
-def _list_blocks(blocks, low, full_low, full_high, high):
-    """Lists the key blocks of [low, high), those outside of [full_low, full_high) first; (masked, total)."""
-    head = full_low - low
-    masked = head + (high - full_high)
-    total = high - low
-    for chunk in range(0, total, _CHUNK):
-        index = chunk + tl.arange(0, _CHUNK)
-        block = tl.where(index < masked, full_high + index - head, full_low + index - masked)
-        block = tl.where(index < head, low + index, block)
-        tl.store(blocks + index, block.to(tl.int16), mask=index < total)
-    tl.debug_barrier()
-    return masked, total
+def _subset_tau(score, share, top, STEPS: tl.constexpr, exponent: tl.constexpr):
+    """The tau at which these scores hold the mass `share`, by Newton's method from below; top: their maxima."""
+    tau = top - entmax_norm(share, exponent)
+    for _ in tl.static_range(STEPS):
+        p, s = support_powers(tl.maximum(score - tau[:, None], 0.0), exponent)
+        _, step = _newton_step(tl.sum(p, 1) / share, tl.sum(s, 1) / share, exponent)
+        tau += step
+    return tau
 
 
 @triton.jit
-def _sampled_tau(score, seen, length, exact, scoring):
-    """(tau, floor) from sampled scores: a guess at tau, and the rigorous bound max - 1; -inf for rows without a key.
+def _sampled_tau(score, seen, length, near, exponent: tl.constexpr):
+    """(tau, floor, count): a guess, the rigorous bound max - 1, and the sample's keys above the guess.
 
-    The sample should hold its share of the mass. Twice that is asked for, so that the guess mostly lies below tau.
+    near: the sample is the keys next to the row (ALiBi), which should hold all of the mass and not their share.
+    tau and floor are -inf for rows without a key in the sample.
     """
-    exponent: tl.constexpr = scoring.exponent
     top = tl.max(score, 1)
     some = top > float("-inf")
     top = tl.where(some, top, 0.0)
     share = tl.sum(seen.to(tl.float32), 1) / tl.maximum(length, 1).to(tl.float32)
-    share = tl.where(exact, 1.0, tl.minimum(2.0 * share, 1.0))
-    share = tl.maximum(share, 1e-6)
-    tau = top - entmax_norm(share, exponent)
-    for _ in tl.static_range(4):
-        p, s = support_powers(tl.maximum(score - tau[:, None], 0.0), exponent)
-        _, step = _newton_step(tl.sum(p, 1) / share, tl.sum(s, 1) / share, exponent)
-        tau += step
-    return tl.where(some, tau, float("-inf")), tl.where(some, top - 1.0, float("-inf"))
+    share = tl.maximum(tl.where(near, 1.0, tl.minimum(share, 1.0)), 1e-6)
+    tau = _subset_tau(score, share, top, 4, exponent)
+    count = tl.sum(tl.where(score > tau[:, None], 1, 0), 1)
+    floor = tl.where(some, top - 1.0, float("-inf"))
+    return tl.where(some, tau, float("-inf")), floor, tl.where(some, count, 0)
 
 
 @triton.jit
 def dense_forward_kernel(
-    query, key, value, output, mean_value, tau_out, block_map, block_lists, largest_key, active,
-    masks, scoring, heads, kv_heads, q_len, kv_len, tolerance,
-    BM: tl.constexpr, BN: tl.constexpr, KB: tl.constexpr, ACTIVE_ROWS: tl.constexpr, SAMPLE: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DV: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr, P_SCALE: tl.constexpr,
+    query, key, value, output, mean_value, tau_out, block_map, largest_key, active,
+    masks, scoring, heads, kv_heads, q_len, kv_len, near_enough, accepted,
+    BM: tl.constexpr, BN: tl.constexpr, KB: tl.constexpr, ACTIVE_ROWS: tl.constexpr, SAMPLE: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, P_SCALE: tl.constexpr,
 ):  # fmt: skip
     """One block of BM query rows of one head.
 
@@ -202,17 +216,16 @@ def dense_forward_kernel(
         query, key, value, output, mean_value: Rows.
         tau_out: (batch * heads, q_len) float32; +inf for rows without a visible key.
         block_map: (batch * heads, row blocks, key blocks) uint8, zeroed before; see KEY_BLOCK.
-        block_lists: int16 workspace of block_map's shape.
         largest_key: (batch * kv_heads,) float32, the largest norm of a key; read only with ALiBi.
         active: (batch * heads, blocks of ACTIVE_ROWS rows) uint8, 0 where another kernel has done the rows; or None.
-        tolerance: how far the norm may be from 1 before the last step.
+        near_enough: how far the norm may be from 1 before the last step of 3.
+        accepted: how far it may be from 1 before the step in closed form.
     """
     row_blocks = tl.cdiv(q_len, BM)
-    key_blocks = tl.cdiv(kv_len, KB)
     pid = tl.program_id(0)
     group = pid // row_blocks
     row_block = row_blocks - 1 - pid % row_blocks  # the longest rows first
-    if active is not None:
+    if active is not None:  # noqa: SIM102 (one is decided at compile time)
         if tl.load(active + group.to(tl.int64) * tl.cdiv(q_len, ACTIVE_ROWS) + row_block * BM // ACTIVE_ROWS) == 0:
             return
     batch = group // heads
@@ -222,17 +235,14 @@ def dense_forward_kernel(
     rows = first_row + tl.arange(0, BM)
     base = first_row + kv_len - q_len
     row_position = tl.arange(0, BM).to(tl.float32)
-    program = group.to(tl.int64) * row_blocks + row_block
-    live = block_map + program * key_blocks
-    blocks = block_lists + program * key_blocks
+    live = block_map + (group.to(tl.int64) * row_blocks + row_block) * tl.cdiv(kv_len, KB)
 
     start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
     start = tl.maximum(start, 0)
     stop = tl.minimum(stop, kv_len)
     sees = start < stop
-    low = tl.min(tl.where(sees, start, kv_len), 0)
     high = tl.max(tl.where(sees, stop, 0), 0)
-    low = tl.minimum(low, high)
+    low = tl.minimum(tl.min(tl.where(sees, start, kv_len), 0), high)
     all_low = tl.max(tl.where(sees, start, 0), 0)
     all_high = tl.min(tl.where(sees, stop, kv_len), 0)
 
@@ -256,37 +266,22 @@ def dense_forward_kernel(
         mask=inside[:, None] & (dim[None, :] < HEAD_DIM),
         other=0.0,
     )
-    score = products_to_scores(
+    sample = products_to_scores(
         tl.dot(q, tl.trans(k), input_precision=PRECISION), scoring, slope, row_position[:, None],
         (sampled - base).to(tl.float32)[None, :],
     )  # fmt: skip
     seen = inside[None, :] & visible_pairs(
         masks, batch, head, rows[:, None], sampled[None, :], start[:, None], stop[:, None], q_len, kv_len
     )
-    score = tl.where(seen, score, float("-inf"))
-    tau, floor = _sampled_tau(score, seen, stop - start, slope > 0, scoring)
-
-    # rows that have keys but none in the sample: their maximum needs a pass of its own
-    unknown = sees & (floor == float("-inf"))
-    if tl.max(unknown.to(tl.int32), 0) > 0:
-        top = floor
-        for step in range(0, tl.cdiv(high - low, BN)):
-            score = _tile_scores(
-                q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop,
-                low + step * BN, q_len, kv_len, True, BN, D, HEAD_DIM, PRECISION,
-            )  # fmt: skip
-            top = tl.maximum(top, tl.max(score, 1))
-        tau = tl.where(unknown, top - 1.0, tau)
-        floor = tl.where(unknown, top - 1.0, floor)
-    sees = sees & (floor > float("-inf"))
-    tau = tl.where(sees, tl.maximum(tau, floor), float("inf"))
+    sample = tl.where(seen, sample, float("-inf"))
+    tau, floor, count = _sampled_tau(sample, seen, stop - start, slope > 0, scoring.exponent)
 
     # ALiBi: (alpha-1)(scale |q| max|k| - slope distance) <= max - 1 <= tau, so the key's weight is zero
-    if scoring.slopes is not None:
+    if scoring.slopes is not None:  # noqa: SIM102
         if slope > 0:
             q32 = q.to(tl.float32)
-            bound = tl.sqrt(tl.sum(q32 * q32, 1)) * tl.load(largest_key + batch * kv_heads + kv_head) * scoring.scale
-            bound = tl.abs(bound)
+            bound = tl.sqrt(tl.sum(q32 * q32, 1)) * tl.load(largest_key + batch * kv_heads + kv_head)
+            bound = tl.abs(bound * scoring.scale)
             if scoring.softcap is not None:
                 bound = tl.minimum(bound, scoring.softcap) * scoring.after_cap
             reach = tl.where(sees, (bound * 1.0001 - floor) / slope + 1.0, 0.0)
@@ -296,76 +291,95 @@ def dense_forward_kernel(
             high = tl.minimum(high, tl.max(tl.where(sees, position + reach + 1, 0), 0))
             low = tl.minimum(low, high)
 
-    # 2. Newton's method over the listed blocks
-    low_block = low // KB
-    high_block = tl.cdiv(high, KB)
-    full_low = tl.minimum(tl.maximum(tl.cdiv(all_low, KB), low_block), high_block)
-    full_high = tl.maximum(tl.minimum(all_high // KB, high_block), full_low)
+    # whole key blocks [low, high), of which [full_low, full_high) are seen by all rows
+    low = low // KB * KB
+    high = tl.cdiv(high, KB) * KB
+    full_low = tl.minimum(tl.maximum(tl.cdiv(all_low, KB) * KB, low), high)
+    full_high = tl.maximum(tl.minimum(all_high // KB * KB, high), full_low)
     if masks.has_holes is not None:
         full_high = tl.where(tl.load(masks.has_holes + batch) != 0, full_low, full_high)
     if masks.dense is not None:
         full_high = full_low
-    masked, total = _list_blocks(blocks, low_block, full_low, full_high, high_block)
+    masked_keys = (full_low - low) + (high - full_high)
 
-    going = total > 0
-    for attempt in range(_MAX_PASSES):
+    # 2. class maxima
+    if tl.min(tl.where(sees, count, _ENOUGH), 0) < _ENOUGH:
+        maxima = tl.full([BM, SAMPLE], float("-inf"), tl.float32)
+        maxima = _maximum_pass(
+            maxima, 0, masked_keys // SAMPLE, (full_low - low) // SAMPLE, low, full_high,
+            q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
+            True, SAMPLE, D, HEAD_DIM, PRECISION,
+        )  # fmt: skip
+        maxima = _maximum_pass(
+            maxima, full_low, (full_high - full_low) // SAMPLE, 0, low, full_high,
+            q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
+            False, SAMPLE, D, HEAD_DIM, PRECISION,
+        )  # fmt: skip
+        top = tl.max(maxima, 1)
+        some = top > float("-inf")
+        top = tl.where(some, top, 0.0)
+        bound = _subset_tau(maxima, tl.full([BM], 1.0, tl.float32), top, 5, scoring.exponent)
+        tau = tl.where(count < _ENOUGH, bound, tl.maximum(tau, bound))
+        floor = tl.where(some, top - 1.0, float("-inf"))
+    sees = sees & (floor > float("-inf"))
+    tau = tl.where(sees, tl.maximum(tau, floor), float("inf"))
+
+    # 3. passes for tau
+    support = tl.zeros([BM], tl.float32)
+    going = high > low
+    for _ in range(_MAX_PASSES):
         if going:
-            sum_p = tl.zeros([BM], tl.float32)
-            sum_s = tl.zeros([BM], tl.float32)
-            mark = _FIRST_PASS + attempt
-            sum_p, sum_s = _sum_pass(
-                sum_p, sum_s, tau, live, blocks, 0, masked, mark,
-                q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
-                True, BN, KB, D, HEAD_DIM, PRECISION,
+            part_p = tl.zeros([BM, BN], tl.float32)
+            part_s = tl.zeros([BM, BN], tl.float32)
+            part_count = tl.zeros([BM, BN], tl.float32)
+            part_p, part_s, part_count = _sum_pass(
+                part_p, part_s, part_count, tau, 0, masked_keys // BN, (full_low - low) // BN, low, full_high, q, key,
+                masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
+                True, BN, D, HEAD_DIM, PRECISION,
             )  # fmt: skip
-            sum_p, sum_s = _sum_pass(
-                sum_p, sum_s, tau, live, blocks, masked, total, mark,
-                q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
-                False, BN, KB, D, HEAD_DIM, PRECISION,
+            part_p, part_s, part_count = _sum_pass(
+                part_p, part_s, part_count, tau, full_low, (full_high - full_low) // BN, 0, low, full_high, q, key,
+                masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
+                False, BN, D, HEAD_DIM, PRECISION,
             )  # fmt: skip
-            norm, step = _newton_step(sum_p, sum_s, scoring.exponent)
-            below = (norm >= 1.0) | (tau == float("inf"))
-            residual = tl.where(sees & (step > 1e-6 * tl.abs(tau)), (norm - 1.0) * (norm - 1.0), 0.0)
+            sum_p = tl.sum(part_p, 1)
+            sum_s = tl.sum(part_s, 1)
+            support = tl.sum(part_count, 1)
+            norm, newton = _newton_step(sum_p, sum_s, scoring.exponent)
+            step = _closer_step(norm, newton, sum_p, sum_s, support, scoring.exponent)
+            residual = tl.where(sees & (tl.abs(step) > 1e-6 * tl.abs(tau)), tl.abs(norm - 1.0), 0.0)
             residual = tl.where(sees & (norm == 0.0), 1.0, residual)
             tau = tl.where(sees, tl.maximum(tl.where(norm > 0, tau + step, floor), floor), tau)
-            if tl.min(below.to(tl.int32), 0) == 1:
-                tl.debug_barrier()
-                masked, total = _keep_live(blocks, live, masked, total, mark)
-            going = tl.max(residual, 0) > tolerance
+            going = tl.max(residual, 0) > near_enough
 
-    # 3. output at tau, repeated in the rare case that the last step was still long
+    # 4. output at tau, repeated in the rare case that the last step is not yet tiny
     acc_p = tl.zeros([BM, DV], tl.float32)
     acc_s = tl.zeros([BM, DV], tl.float32)
     sum_s = tl.zeros([BM], tl.float32)
     step = tl.zeros([BM], tl.float32)
-    going = total > 0
+    going = high > low
     for _ in range(_MAX_OUTPUTS):
         if going:
             acc_p = tl.zeros([BM, DV], tl.float32)
             acc_s = tl.zeros([BM, DV], tl.float32)
             sum_p = tl.zeros([BM], tl.float32)
             sum_s = tl.zeros([BM], tl.float32)
-            count = tl.zeros([BM], tl.float32)
-            acc_p, acc_s, sum_p, sum_s, count = _output_pass(
-                acc_p, acc_s, sum_p, sum_s, count, tau, live, blocks, 0, masked, q, key, value, masks, scoring, slope,
-                batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
-                True, BN, KB, D, HEAD_DIM, DV, VALUE_DIM, PRECISION, P_SCALE,
+            acc_p, acc_s, sum_p, sum_s = _output_pass(
+                acc_p, acc_s, sum_p, sum_s, tau, live, 0, masked_keys // BN, (full_low - low) // BN, low, full_high,
+                q, key, value, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop,
+                q_len, kv_len, True, BN, KB, D, HEAD_DIM, DV, VALUE_DIM, PRECISION, P_SCALE,
             )  # fmt: skip
-            acc_p, acc_s, sum_p, sum_s, count = _output_pass(
-                acc_p, acc_s, sum_p, sum_s, count, tau, live, blocks, masked, total, q, key, value, masks, scoring, slope,
-                batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
-                False, BN, KB, D, HEAD_DIM, DV, VALUE_DIM, PRECISION, P_SCALE,
+            acc_p, acc_s, sum_p, sum_s = _output_pass(
+                acc_p, acc_s, sum_p, sum_s, tau, live, full_low, (full_high - full_low) // BN, 0, low, full_high,
+                q, key, value, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop,
+                q_len, kv_len, False, BN, KB, D, HEAD_DIM, DV, VALUE_DIM, PRECISION, P_SCALE,
             )  # fmt: skip
-            norm, step = _newton_step(sum_p, sum_s, scoring.exponent)
-            if scoring.exponent == 2.0:
-                # the root of sum p - 2 d sum s + d^2 count = 1, exact while no key leaves the support
-                surplus = sum_p - 1.0
-                root = sum_s + tl.sqrt(tl.maximum(sum_s * sum_s - count * surplus, 0.0))
-                step = surplus / tl.where(root > 0, root, 1.0)
+            norm, newton = _newton_step(sum_p, sum_s, scoring.exponent)
+            step = _closer_step(norm, newton, sum_p, sum_s, support, scoring.exponent)
             residual = tl.where(sees & (tl.abs(step) > 1e-6 * tl.abs(tau)), tl.abs(norm - 1.0), 0.0)
             step = tl.where(sees, step, 0.0)
             tau += step
-            going = tl.max(residual, 0) > 2.0 * tolerance
+            going = tl.max(residual, 0) > accepted
 
     output_rows = acc_p - (step * scoring.exponent)[:, None] * acc_s
     store_rows(output, batch, head, first_row, output_rows * (1.0 / P_SCALE), q_len, DV, VALUE_DIM)

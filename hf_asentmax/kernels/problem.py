@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from .device import Masks, Rows, Scoring
@@ -39,12 +39,17 @@ class Problem:
     slopes: torch.Tensor | None
     ranges: RowRanges
 
+    @cached_property
+    def width(self) -> int:
+        """The larger of head_dim and value_dim, padded."""
+        return padded(max(self.query.shape[3], self.value.shape[3]))
+
     @property
     def groups(self) -> int:
         """batch x heads"""
         return self.query.shape[0] * self.query.shape[1]
 
-    @property
+    @cached_property
     def lengths(self) -> dict[str, int]:
         return {
             "heads": self.query.shape[1],
@@ -53,7 +58,7 @@ class Problem:
             "kv_len": self.key.shape[2],
         }
 
-    @property
+    @cached_property
     def constants(self) -> dict[str, Any]:
         """Sizes and arithmetic that are compiled in.
 
@@ -73,7 +78,7 @@ class Problem:
     def weight_scale(self) -> float:
         return 32768.0 if self.query.dtype == torch.float16 else 1.0
 
-    @property
+    @cached_property
     def scoring(self) -> Scoring:
         factor = self.alpha - 1.0
         exponent = 1.0 / factor
@@ -87,7 +92,7 @@ class Problem:
             exponent=tl.constexpr(exponent),
         )
 
-    @property
+    @cached_property
     def masks(self) -> Masks:
         start, stop, key_valid, has_holes, dense = self.ranges
         strides = (0, 0, 0, 0)
@@ -110,8 +115,8 @@ class Problem:
 
 
 def padded(dim: int) -> int:
-    """The power of two, at least 16, that holds a head dimension."""
-    return max(16, triton.next_power_of_2(dim))
+    """The power of two, at least 16, that holds a dimension."""
+    return max(16, 1 << (dim - 1).bit_length())
 
 
 def rows_of(tensor: torch.Tensor) -> Rows:
