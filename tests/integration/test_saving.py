@@ -704,15 +704,15 @@ def run_python(script: str, *arguments: Path, home: Path, importable: bool) -> d
         except Exception as error:
             return f"{{type(error).__name__}}: {{error}}"
     """
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(home / "home"), "HF_HUB_OFFLINE": "1"}
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path not in ("", ".", REPOSITORY)]
     if importable:
-        environment["PYTHONPATH"] = REPOSITORY
+        paths.append(REPOSITORY)
+    settings = {"PYTHONPATH": os.pathsep.join(paths), "HF_HOME": str(home / "home"), "HF_HUB_OFFLINE": "1"}
     process = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(preamble) + textwrap.dedent(script), *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, **settings},
         cwd=home,
         timeout=300,
     )
