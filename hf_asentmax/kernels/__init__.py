@@ -32,13 +32,9 @@ def unsupported_reason(
     The arguments are entmax_attention's, already checked.
     """
     del attention_mask, cu_seqlens, sliding_window, softcap  # all supported
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; install it (pip install triton), or use backend='eager'"
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if query.device.type != "cuda" and not interpreted:
-        return f"the kernels need a CUDA GPU, the tensors are on {query.device.type}; use backend='eager' there"
-    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device) < (8, 0):
-        return "the kernels need a GPU of compute capability 8.0 (Ampere) or later; use backend='eager'"
+    of_the_device = _unsupported_device_reason(query.device)
+    if of_the_device is not None:
+        return of_the_device
     if query.dtype not in _DTYPES:
         return f"the kernels compute in float32, bfloat16 or float16, got {query.dtype}; use backend='eager'"
     if alpha < _SMALLEST_ALPHA:
@@ -51,6 +47,18 @@ def unsupported_reason(
         return f"the kernels take up to {_LONGEST} keys, got {key.shape[2]}; use backend='eager'"
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
         return "the kernels take ALiBi's slopes as constants; detach them, or use backend='eager', which learns them"
+    return None
+
+
+@torch.compiler.assume_constant_result  # torch.compile (2.11) would break its graph at each of these questions
+def _unsupported_device_reason(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; install it (pip install triton), or use backend='eager'"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"the kernels need a CUDA GPU, the tensors are on {device.type}; use backend='eager' there"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "the kernels need a GPU of compute capability 8.0 (Ampere) or later; use backend='eager'"
     return None
 
 

@@ -26,7 +26,13 @@ def _problem(
     from .problem import Problem
 
     query, key, value = (_unit_stride(tensor) for tensor in (query, key, value))
+    ranges = ranges._replace(key_valid=_as_bytes(ranges.key_valid), dense_mask=_as_bytes(ranges.dense_mask))
     return Problem(query, key, value, alpha, scale, is_causal, sliding_window, softcap, slopes, ranges)
+
+
+def _as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The bool mask as the kernels read it. Inside the operator, since Inductor (torch 2.11) cannot compile the view."""
+    return mask if mask is None else mask.view(torch.uint8)
 
 
 def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:

@@ -55,9 +55,9 @@ def row_ranges(
     """
     start = stop = key_valid = has_holes = dense_mask = None
     if attention_mask is not None and attention_mask.ndim == 4:
-        dense_mask = attention_mask.view(torch.uint8)
+        dense_mask = attention_mask
     elif attention_mask is not None:
-        key_valid = attention_mask.contiguous().view(torch.uint8)
+        key_valid = attention_mask.contiguous()
         index = torch.arange(kv_len, device=attention_mask.device, dtype=torch.int32)
         first = torch.where(attention_mask, index, kv_len).amin(dim=1, keepdim=True)
         after_last = torch.where(attention_mask, index + 1, 0).amax(dim=1, keepdim=True)
