@@ -1,0 +1,90 @@
+"""The quickstart: its task obeys the definition, and a run of a few steps works from end to end."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.quickstart import run, task
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("length", [8, 12, 64, 128, 256, 512, 1024])
+def test_a_stream_obeys_the_definition(length: int) -> None:
+    queries = 1 if length < 16 else 8
+    batch = task.sample_batch(16, length, queries, torch.Generator().manual_seed(length))
+    assert batch.tokens.shape == (16, length)
+    pairs = task.num_pairs(length, queries)
+    for tokens, answers in zip(batch.tokens.tolist(), batch.answers.tolist(), strict=True):
+        words = [task.WORDS[token] for token in tokens]
+        assert words[0] == "<s>" and words[1 + 2 * pairs] == "?" and words.count("?") == 1
+        keys, values = words[1 : 1 + 2 * pairs : 2], words[2 : 1 + 2 * pairs : 2]
+        assert len(set(keys)) == pairs and set(keys) <= set(task.KEYS) and set(values) <= set(task.VALUES)
+        truth = dict(zip(keys, values, strict=True))
+        asked = words[2 + 2 * pairs :]
+        assert len(set(asked[::2])) == queries  # no query is answered by an earlier one
+        assert [truth[key] for key in asked[::2]] == asked[1::2] == [task.WORDS[answer] for answer in answers]
+
+
+def test_streams_are_reproducible_and_use_all_words() -> None:
+    first, again = (task.sample_batch(256, 64, 8, torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first.tokens, again.tokens)
+    assert set(first.tokens.unique().tolist()) == set(range(len(task.WORDS)))
+    other = task.sample_batch(256, 64, 8, torch.Generator().manual_seed(4))
+    assert not torch.equal(first.tokens, other.tokens)
+
+
+@pytest.mark.parametrize(("length", "queries"), [(63, 4), (8, 3), (64, 0), (2048, 8)])
+def test_an_impossible_stream_is_refused(length: int, queries: int) -> None:
+    with pytest.raises(ValueError, match=f"length {length} with {queries} queries"):
+        task.sample_batch(2, length, queries, torch.Generator())
+
+
+def test_training_batches_keep_to_the_training_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [run.training_batch(step, 200, 2, generator).tokens.shape[1] for step in range(200)]
+    assert min(lengths) >= run.SHORTEST and max(lengths) == run.TRAIN_LENGTH
+    assert max(lengths[:5]) <= 14 and sum(length > 50 for length in lengths[100:]) > 10
+
+
+def test_the_tokenizer_reads_and_writes_a_stream() -> None:
+    tokens = task.sample_batch(1, 64, 8, torch.Generator().manual_seed(0)).tokens[0]
+    tokenizer = task.build_tokenizer()
+    assert tokenizer(tokenizer.decode(tokens), add_special_tokens=False)["input_ids"] == tokens.tolist()
+
+
+def test_models_have_the_same_size() -> None:
+    models = [run.build_model(method) for method in run.METHODS]
+    sizes = [model.num_parameters() for model in models]
+    assert max(sizes) - min(sizes) < 0.005 * min(sizes)
+    assert all(model.config.num_hidden_layers == models[0].config.num_hidden_layers for model in models)
+
+
+def test_a_short_run_works_from_end_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, "recipes/quickstart/run.py", "--steps", "3", "--batch-size", "4", "--streams", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--out", str(tmp_path)],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    for method in run.METHODS:
+        assert method in done.stdout
+    assert done.stdout.count("prompt  <s>") == 2 and "1024 (16x)" in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [one["method"] for one in results["runs"]] == list(run.METHODS)
+    assert set(results["runs"][0]["accuracy"]) == {"64", "128", "256", "512", "1024"}
+    for entry in ("command", "seeds", "device", "versions", "commit", "steps", "streams_per_length"):
+        assert entry in results
+    assert results["command"].startswith("python recipes/quickstart/run.py --steps 3")
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "checkpoint" / "model.safetensors").exists()
