@@ -8,10 +8,8 @@ BIN := $(VENV)/bin
 quickstart: $(VENV)/.recipes
 	$(BIN)/python recipes/quickstart/run.py
 
-# Kernel tests run through Triton's interpreter where there is no GPU; they need it from the start of the process.
 test: $(VENV)/.dev lint
-	$(BIN)/python -m pytest tests --ignore tests/kernels -n 2
-	$(BIN)/python -m pytest tests/kernels -n 2
+	$(BIN)/python -m pytest tests -n 2
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

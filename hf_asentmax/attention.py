@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import warnings
 from functools import partial
+from typing import Any
 
 import torch
 
 from . import kernels
 from .eager import eager_attention
 from .mappings import _check_alpha, entmax
-from .masks import alibi_positions, query_positions, visible_keys
 
 __all__ = ["BACKENDS", "entmax_attention"]
 
@@ -93,7 +93,7 @@ def entmax_attention(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
-    options = {
+    options: dict[str, Any] = {
         "alpha": float(alpha),
         "attention_mask": attention_mask,
         "alibi_slopes": alibi_slopes,
@@ -109,23 +109,16 @@ def entmax_attention(
             raise NotImplementedError(f"backend='triton' can't run this call: {reason}")
         _warn_once(f"entmax_attention runs in plain PyTorch (slow, memory square in length): {reason}")
 
-    visible = visible_keys(
-        q_len,
-        kv_len,
-        is_causal=is_causal,
-        attention_mask=attention_mask,
-        cu_seqlens=cu_seqlens,
-        sliding_window=sliding_window,
-        device=query.device,
-    )
     output, _ = eager_attention(
         query,
         key,
         value,
         mapping=partial(entmax, alpha=float(alpha)),
         scale=scale,
-        visible=visible,
-        position=alibi_positions(query_positions(q_len, kv_len, query.device), visible),
+        is_causal=is_causal,
+        attention_mask=attention_mask,
+        cu_seqlens=cu_seqlens,
+        sliding_window=sliding_window,
         alibi_slopes=alibi_slopes,
         softcap=softcap,
     )

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from .masks import alibi_positions, query_positions, visible_keys
+
 __all__ = ["eager_attention"]
 
 # Without gradients the scores need not all exist at once: (batch x heads x rows x kv_len) elements at a time.
@@ -19,11 +21,12 @@ def _attend(
     mapping: Callable[[torch.Tensor], torch.Tensor],
     scale: float,
     visible: torch.Tensor | None,
+    anchor: torch.Tensor,
     alibi_slopes: torch.Tensor | None,
-    position: torch.Tensor,
     softcap: float | None,
     dropout: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and weights of some rows; `anchor` is where ALiBi's distances are measured from."""
     batch, heads, q_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1:3]
     grouped = query.reshape(batch, kv_heads, (heads // kv_heads) * q_len, head_dim)
@@ -31,7 +34,7 @@ def _attend(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
-        distance = (position[..., None] - torch.arange(kv_len, device=key.device)).abs()
+        distance = (anchor[..., None] - torch.arange(kv_len, device=key.device)).abs()
         scores = scores - alibi_slopes.to(scores.dtype)[:, None, None] * distance.to(scores.dtype)
     if visible is not None:
         scores = scores.masked_fill(~visible, -torch.inf)
@@ -49,25 +52,21 @@ def eager_attention(
     *,
     mapping: Callable[[torch.Tensor], torch.Tensor],
     scale: float,
-    visible: torch.Tensor | None,
-    position: torch.Tensor,
+    is_causal: bool,
+    attention_mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    sliding_window: int | None = None,
     alibi_slopes: torch.Tensor | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
     return_weights: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    r"""mapping(softcap(scale q k^T) - slope |position - j|) v, in float32 (float64 for float64 inputs).
+    r"""mapping(softcap(scale q k^T) - slope |i - j|) v, in float32 (float64 for float64 inputs).
+
+    The arguments are entmax_attention's, already checked, but for these:
 
     Args:
-        query: (batch, heads, q_len, head_dim).
-        key: (batch, kv_heads, kv_len, head_dim), heads a multiple of kv_heads.
-        value: (batch, kv_heads, kv_len, value_dim).
         mapping: scores (..., kv_len), -inf where the key is not visible -> probabilities of the same shape.
-        scale: factor on q k^T.
-        visible: bool, broadcastable to (batch, heads, q_len, kv_len), or None where all keys are visible.
-        position: (q_len,) or (batch or 1, heads or 1, q_len) int, where ALiBi's distances are measured from.
-        alibi_slopes: (heads,) float, 0 for heads without ALiBi.
-        softcap: cap c of c tanh(score / c), before ALiBi.
         dropout: probability of dropping a weight (the caller passes 0 outside of training).
         return_weights: also return the probabilities.
 
@@ -82,25 +81,37 @@ def eager_attention(
     needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if needs_grad or torch.compiler.is_compiling() or return_weights or rows >= q_len:
         rows = max(1, q_len)
+    positions = query_positions(q_len, kv_len, query.device)
     # An enclosing autocast would round the scores to half precision
     with torch.autocast(query.device.type, enabled=False):
         working_query, working_key, working_value = (tensor.to(dtype) for tensor in (query, key, value))
-        parts = []
-        for start in range(0, max(1, q_len), rows):  # an empty query too gives an output
-            stop = min(start + rows, q_len)
-            part_visible = visible if visible is None or visible.shape[2] == 1 else visible[:, :, start:stop]
-            part, weights = _attend(
-                working_query[:, :, start:stop],
+        parts, weights = [], None
+        for start in range(0, max(1, q_len), rows):
+            part = slice(start, start + rows)
+            position, mask = positions[part], attention_mask
+            if mask is not None and mask.ndim == 4:
+                mask = mask[:, :, part]
+            visible = visible_keys(
+                position,
+                kv_len,
+                is_causal=is_causal,
+                attention_mask=mask,
+                cu_seqlens=cu_seqlens,
+                sliding_window=sliding_window,
+            )
+            anchor = position if alibi_slopes is None or mask is None else alibi_positions(position, visible)
+            output, weights = _attend(
+                working_query[:, :, part],
                 working_key,
                 working_value,
                 mapping,
                 scale,
-                part_visible,
+                visible,
+                anchor,
                 alibi_slopes,
-                position[..., start:stop],
                 softcap,
                 dropout,
             )
-            parts.append(part)
+            parts.append(output)
         output = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
     return output.to(query.dtype), weights if return_weights else None

@@ -17,37 +17,36 @@ def query_positions(q_len: int, kv_len: int, device: torch.device | str) -> torc
 
 
 def visible_keys(
-    q_len: int,
+    position: torch.Tensor,
     kv_len: int,
     *,
     is_causal: bool,
     attention_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     sliding_window: int | None,
-    device: torch.device | str,
 ) -> torch.Tensor | None:
     """The intersection of all the masks that were given.
 
-    Query i stands at key index pos = i + kv_len - q_len. Causal: j <= pos. Sliding window w: |pos - j| < w. Padding:
-    the key is valid. Packed: query and key lie in the same sequence.
+    Causal: key j <= position. Sliding window w: |position - j| < w. Padding: the key is valid. Packed: query and key
+    lie in the same sequence.
 
     Args:
-        attention_mask: (batch, kv_len) or (batch, 1 or heads, q_len, kv_len), bool.
+        position: (rows,) int, the queries' indices among the keys, as `query_positions` gives them.
+        attention_mask: (batch, kv_len) or (batch, 1 or heads, rows, kv_len), bool.
         cu_seqlens: (sequences + 1,) int, the sequences' boundaries in the keys, from 0 to kv_len.
 
     Returns:
-        bool, broadcastable to (batch, heads, q_len, kv_len); None where every query sees every key.
+        bool, broadcastable to (batch, heads, rows, kv_len); None where every query sees every key.
     """
-    position = query_positions(q_len, kv_len, device)[:, None]
-    key = torch.arange(kv_len, device=device)[None, :]
+    key = torch.arange(kv_len, device=position.device)
     parts: list[torch.Tensor] = []
     if is_causal:
-        parts.append(key <= position)
+        parts.append(key <= position[:, None])
     if sliding_window is not None:
-        parts.append((position - key).abs() < sliding_window)
+        parts.append((position[:, None] - key).abs() < sliding_window)
     if cu_seqlens is not None:
-        sequence = torch.bucketize(torch.arange(kv_len, device=device), cu_seqlens.to(torch.int64), right=True)
-        parts.append(sequence[kv_len - q_len :, None] == sequence[None, :])
+        sequence = torch.bucketize(key, cu_seqlens.to(torch.int64), right=True)
+        parts.append(sequence[position][:, None] == sequence)
     if attention_mask is not None:
         parts.append(attention_mask[:, None, None, :] if attention_mask.ndim == 2 else attention_mask)
     if not parts:
@@ -59,32 +58,29 @@ def visible_keys(
 
 
 def visible_count(
-    q_len: int,
+    position: torch.Tensor,
     kv_len: int,
     *,
     is_causal: bool,
     attention_mask: torch.Tensor | None,
     sliding_window: int | None,
-    device: torch.device | str,
 ) -> torch.Tensor:
     """How many keys each query sees: the row sums of `visible_keys`, in memory linear in the lengths.
 
     Returns:
-        (batch or 1, heads or 1, q_len) int64.
+        (batch or 1, heads or 1, rows) int64.
     """
     if attention_mask is not None and attention_mask.ndim == 4:
         visible = visible_keys(
-            q_len,
+            position,
             kv_len,
             is_causal=is_causal,
             attention_mask=attention_mask,
             cu_seqlens=None,
             sliding_window=sliding_window,
-            device=device,
         )
         assert visible is not None
         return visible.sum(dim=-1)
-    position = query_positions(q_len, kv_len, device)
     last = position if is_causal else torch.full_like(position, kv_len - 1)
     before = torch.full_like(position, -1)  # the last key before the first visible one
     if sliding_window is not None:

@@ -13,7 +13,7 @@ from transformers.utils import TransformersKwargs, logging
 from ..attention import entmax_attention
 from ..eager import eager_attention
 from ..mappings import adaptive_temperature_softmax, entmax, softmax, top_k_softmax
-from ..masks import alibi_positions, query_positions, visible_count, visible_keys
+from ..masks import query_positions, visible_count
 from ..positions import alibi_slopes
 from .install import AttentionSettings, scaling_of
 from .names import HIDDEN_STATES_ARGUMENT, SETTINGS_ATTRIBUTE
@@ -105,12 +105,11 @@ def asentmax_attention_forward(
         if hidden_states is None:
             raise RuntimeError(f"the layer's input did not reach the attention function of {type(module).__name__}")
         count = visible_count(
-            query.shape[2],
+            query_positions(query.shape[2], key.shape[2], query.device),
             key.shape[2],
             is_causal=causal,
             attention_mask=attention_mask,
             sliding_window=sliding_window,
-            device=query.device,
         )
         if count.shape[1] > 1:  # a mask per head
             count = count[:, settings.num_unscaled_heads :]
@@ -136,23 +135,15 @@ def asentmax_attention_forward(
             softcap=softcap,
         )
         return output.transpose(1, 2).contiguous(), None
-    visible = visible_keys(
-        query.shape[2],
-        key.shape[2],
-        is_causal=causal,
-        attention_mask=attention_mask,
-        cu_seqlens=None,
-        sliding_window=sliding_window,
-        device=query.device,
-    )
     output, weights = eager_attention(
         query,
         key,
         value,
         mapping=_mapping(settings, module.training),
         scale=scale,
-        visible=visible,
-        position=alibi_positions(query_positions(query.shape[2], key.shape[2], query.device), visible),
+        is_causal=causal,
+        attention_mask=attention_mask,
+        sliding_window=sliding_window,
         alibi_slopes=slopes,
         softcap=softcap,
         dropout=dropout,

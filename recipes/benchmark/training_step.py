@@ -1,0 +1,134 @@
+"""A training step of a 124M Llama: tokens per second with ASEntmax against the same model on transformers' sdpa.
+
+    python recipes/benchmark/training_step.py            # needs a CUDA GPU; writes training_step.json beside this file
+
+The whole model, forward, backward and optimizer, compiled, bf16 autocast over fp32 weights. Scores are those of a
+model at its start (nearly equal: entmax's supports are at their largest) and, with --sharpen, of query projections
+multiplied by that factor (supports as small as in a trained model).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+import hf_asentmax  # noqa: F401  (registers the presets)
+from recipes.common import results_header
+
+METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "softmax, RoPE (sdpa)": ("sdpa", None),
+    "ASEntmax, RoPE": ("asentmax", {}),
+    "ASEntmax, NAPE": ("asentmax", {"positions": "nape"}),
+    "entmax, NAPE": ("entmax", {"positions": "nape"}),
+}
+
+
+def build(
+    implementation: str, flags: dict[str, Any] | None, length: int, sharpen: float, small: bool
+) -> PreTrainedModel:
+    """GPT-2's size in Llama's form: 12 layers of 768, 12 heads of 64."""
+    size: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 128,
+    }
+    if not small:
+        size: dict[str, Any] = {
+            "hidden_size": 768,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "intermediate_size": 2048,
+        }
+    config = LlamaConfig(vocab_size=32_000, max_position_embeddings=length, tie_word_embeddings=True, **size)
+    if flags is not None:
+        config.asentmax = flags
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(sharpen)
+    return model
+
+
+def median_step_seconds(model: PreTrainedModel, length: int, device: str, steps: int) -> tuple[float, float]:
+    """(median seconds of a step after warm-up, peak memory in GiB) at batch 1."""
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device == "cuda")
+    compiled = torch.compile(model) if device == "cuda" else model
+    generator = torch.Generator().manual_seed(0)
+    seconds = []
+    for step in range(steps + 3):
+        ids = torch.randint(0, 32_000, (1, length), generator=generator).to(device)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if step == 3 and device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            loss = compiled(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        if step >= 3:
+            seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
+    return statistics.median(seconds), peak
+
+
+def main() -> None:
+    """The command line; see the module's description."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768], help="tokens in the (one) sequence")
+    parser.add_argument(
+        "--sharpen", type=float, nargs="+", default=[1.0, 16.0], help="factors on the query projections"
+    )
+    parser.add_argument("--steps", type=int, default=8, help="measured steps, after 3 of warm-up")
+    parser.add_argument("--small", action="store_true", help="a tiny model, to try the script without a GPU")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not arguments.small:
+        parser.error("no CUDA GPU here; add --small --lengths 64 to try the script (its times mean nothing)")
+    torch.set_float32_matmul_precision("high")
+    rows = []
+    for length in arguments.lengths:
+        for sharpen in arguments.sharpen:
+            reference = None
+            for method, (implementation, flags) in METHODS.items():
+                torch._dynamo.reset()
+                model = build(implementation, flags, length, sharpen, arguments.small)
+                seconds, peak = median_step_seconds(model, length, device, arguments.steps)
+                reference = reference or seconds
+                row = {
+                    "length": length,
+                    "sharpen": sharpen,
+                    "method": method,
+                    "step_ms": round(1e3 * seconds, 2),
+                    "tokens_per_second": round(length / seconds),
+                    "times_faster_than_sdpa": round(reference / seconds, 3),
+                    "peak_gib": round(peak, 2),
+                }
+                rows.append(row)
+                print(row, flush=True)
+                arguments.out.write_text(
+                    json.dumps({**results_header(torch.device(device), [0]), "rows": rows}, indent=1) + "\n"
+                )
+                del model
+
+
+if __name__ == "__main__":
+    main()
