@@ -2,7 +2,7 @@ r"""Exact alpha-entmax attention over dense tiles, backward, without atomics (tw
 
 With p and s = p^(2-alpha) recomputed from tau, dp_ij = do_i . v_j and rho_i = do_i . (sum_j s_ij v_j / sum_j s_ij):
 
-    dz_ij = s_ij (dp_ij - rho_i),   dq_i = scale sum_j dz_ij k_j,   dk_j = scale sum_i dz_ij q_i,   dv_j = sum_i p_ij do_i
+    dz_ij = s_ij (dp_ij - rho_i),  dq_i = scale sum_j dz_ij k_j,  dk_j = scale sum_i dz_ij q_i,  dv_j = sum_i p_ij do_i
 
 (Peters, Niculae & Martins 2019, for one row; with soft-capping dz carries the factor 1 - tanh^2.) Only the blocks that
 the forward pass marked as live are visited.
@@ -23,27 +23,11 @@ from .device import (
     visible_pairs,
 )
 
-__all__ = ["key_gradient_kernel", "mean_gradient_kernel", "query_gradient_kernel"]
+__all__ = ["key_gradient_kernel", "query_gradient_kernel"]
 
 _FULL = tl.constexpr(1)
 _MASKED = tl.constexpr(2)
 _CHUNK = tl.constexpr(128)
-
-
-@triton.jit
-def mean_gradient_kernel(
-    grad, mean_value, rho, heads, q_len, BM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr
-):
-    """rho = do . mean_value, (batch * heads, q_len) float32."""
-    row_blocks = tl.cdiv(q_len, BM)
-    pid = tl.program_id(0)
-    group = pid // row_blocks
-    first_row = (pid % row_blocks) * BM
-    rows = first_row + tl.arange(0, BM)
-    do = load_rows(grad, group // heads, group % heads, first_row, BM, q_len, True, DV, VALUE_DIM)
-    mean = load_rows(mean_value, group // heads, group % heads, first_row, BM, q_len, True, DV, VALUE_DIM)
-    dot = tl.sum(do.to(tl.float32) * mean.to(tl.float32), 1)
-    tl.store(rho + group.to(tl.int64) * q_len + rows, dot, mask=rows < q_len)
 
 
 @triton.jit
@@ -94,14 +78,15 @@ def _query_gradient_pass(
 
 @triton.jit
 def query_gradient_kernel(
-    query, key, value, grad, tau_in, rho_in, query_grad, block_map, block_lists, active,
+    query, key, value, grad, tau_in, rho_out, mean_value, query_grad, block_map, block_lists, active,
     masks, scoring, scale, heads, kv_heads, q_len, kv_len,
     BM: tl.constexpr, BN: tl.constexpr, KB: tl.constexpr, MAP_ROWS: tl.constexpr, ACTIVE_ROWS: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of BM query rows; tau_in, rho_in (batch * heads, q_len) float32, block_map as the forward pass left it.
+    """dq of BM query rows, and their rho for key_gradient_kernel.
 
-    block_lists is int16 workspace, (programs, key blocks). Row blocks where active is 0 are left alone.
+    tau_in, rho_out: (batch * heads, q_len) float32. block_map: as the forward pass left it. block_lists: int16
+    workspace, (programs, key blocks). Row blocks where active is 0 are left alone.
     """
     row_blocks = tl.cdiv(q_len, BM)
     key_blocks = tl.cdiv(kv_len, KB)
@@ -109,7 +94,7 @@ def query_gradient_kernel(
     group = pid // row_blocks
     row_block = row_blocks - 1 - pid % row_blocks
     map_row = group.to(tl.int64) * tl.cdiv(q_len, MAP_ROWS) + row_block * BM // MAP_ROWS
-    if active is not None:
+    if active is not None:  # noqa: SIM102 (one is decided at compile time)
         if tl.load(active + group.to(tl.int64) * tl.cdiv(q_len, ACTIVE_ROWS) + row_block * BM // ACTIVE_ROWS) == 0:
             return
     batch = group // heads
@@ -130,7 +115,9 @@ def query_gradient_kernel(
     q = load_rows(query, batch, head, first_row, BM, q_len, True, D, HEAD_DIM)
     do = load_rows(grad, batch, head, first_row, BM, q_len, True, DV, VALUE_DIM)
     tau = tl.load(tau_in + group.to(tl.int64) * q_len + rows, mask=rows < q_len, other=float("inf"))
-    rho = tl.load(rho_in + group.to(tl.int64) * q_len + rows, mask=rows < q_len, other=0.0)
+    mean = load_rows(mean_value, batch, head, first_row, BM, q_len, True, DV, VALUE_DIM)
+    rho = tl.sum(do.to(tl.float32) * mean.to(tl.float32), 1)
+    tl.store(rho_out + group.to(tl.int64) * q_len + rows, rho, mask=rows < q_len)
     slope = 0.0
     if scoring.slopes is not None:
         slope = tl.load(scoring.slopes + head) * scoring.slope_factor
@@ -191,8 +178,9 @@ def key_gradient_kernel(
     query, key, value, grad, tau_in, rho_in, key_grad, value_grad, partial_key_grad, partial_value_grad,
     block_map, block_lists,
     masks, scoring, scale, heads, kv_heads, q_len, kv_len,
-    BM: tl.constexpr, BN: tl.constexpr, KB: tl.constexpr, MAP_ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DV: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr, P_SCALE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, KB: tl.constexpr, MAP_ROWS: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr, P_SCALE: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BN keys of one key head, over all query heads that share it.
 

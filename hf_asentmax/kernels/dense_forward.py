@@ -174,9 +174,8 @@ def _closer_step(norm, newton, total, slope_sum, count, exponent: tl.constexpr):
 
 
 @triton.jit
-def _subset_tau(score, share, top, STEPS: tl.constexpr, exponent: tl.constexpr):
-    """The tau at which these scores hold the mass `share`, by Newton's method from below; top: their maxima."""
-    tau = top - entmax_norm(share, exponent)
+def _subset_tau(score, share, tau, STEPS: tl.constexpr, exponent: tl.constexpr):
+    """The tau at which these scores hold the mass `share`, from below (after the first step), by Newton's method."""
     for _ in tl.static_range(STEPS):
         p, s = support_powers(tl.maximum(score - tau[:, None], 0.0), exponent)
         _, step = _newton_step(tl.sum(p, 1) / share, tl.sum(s, 1) / share, exponent)
@@ -196,7 +195,7 @@ def _sampled_tau(score, seen, length, near, exponent: tl.constexpr):
     top = tl.where(some, top, 0.0)
     share = tl.sum(seen.to(tl.float32), 1) / tl.maximum(length, 1).to(tl.float32)
     share = tl.maximum(tl.where(near, 1.0, tl.minimum(share, 1.0)), 1e-6)
-    tau = _subset_tau(score, share, top, 4, exponent)
+    tau = _subset_tau(score, share, top - entmax_norm(share, exponent), 4, exponent)
     count = tl.sum(tl.where(score > tau[:, None], 1, 0), 1)
     floor = tl.where(some, top - 1.0, float("-inf"))
     return tl.where(some, tau, float("-inf")), floor, tl.where(some, count, 0)
@@ -318,7 +317,8 @@ def dense_forward_kernel(
         top = tl.max(maxima, 1)
         some = top > float("-inf")
         top = tl.where(some, top, 0.0)
-        bound = _subset_tau(maxima, tl.full([BM], 1.0, tl.float32), top, 5, scoring.exponent)
+        bound = tl.where(count > 0, tau, top - 1.0)
+        bound = _subset_tau(maxima, tl.full([BM], 1.0, tl.float32), bound, 4, scoring.exponent)
         tau = tl.where(count < _ENOUGH, bound, tl.maximum(tau, bound))
         floor = tl.where(some, top - 1.0, float("-inf"))
     sees = sees & (floor > float("-inf"))

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .dense_backward import key_gradient_kernel, mean_gradient_kernel, query_gradient_kernel
+from .dense_backward import key_gradient_kernel, query_gradient_kernel
 from .dense_forward import ACTIVE_ROWS, KEY_BLOCK, dense_forward_kernel, key_norm_kernel
 from .problem import Problem, on_device, padded, rows_of
 from .short import short_backward_kernel, short_forward_kernel
@@ -74,7 +74,8 @@ def largest_key_norms(problem: Problem) -> torch.Tensor:
     batch, kv_heads, kv_len, head_dim = key.shape
     block = 128
     norms = key.new_empty(batch * kv_heads, _blocks(kv_len, block), dtype=torch.float32)
-    key_norm_kernel[(norms.numel(),)](rows_of(key), norms, kv_heads, kv_len, padded(head_dim), head_dim, block)
+    with on_device(key):
+        key_norm_kernel[(norms.numel(),)](rows_of(key), norms, kv_heads, kv_len, padded(head_dim), head_dim, block)
     return norms.amax(dim=1)
 
 
@@ -107,12 +108,17 @@ def _short_forward(problem: Problem, output: torch.Tensor, state: DenseState) ->
 
 
 def dense_forward(
-    problem: Problem, output: torch.Tensor, state: DenseState, active: torch.Tensor | None = None
+    problem: Problem,
+    output: torch.Tensor,
+    state: DenseState,
+    active: torch.Tensor | None = None,
+    largest_key: torch.Tensor | None = None,
 ) -> None:
     """Writes output (batch, heads, q_len, value_dim) and the state.
 
     active: (batch * heads, blocks of dense_forward.ACTIVE_ROWS rows) uint8; blocks with 0 are left alone (another
     kernel writes their output and tau; their part of the block map stays 0). None: all rows.
+    largest_key: what largest_key_norms returned, if it was called.
     """
     if regime(problem) != "dense":
         with on_device(problem.query):
@@ -120,6 +126,8 @@ def dense_forward(
         return
     tiles = forward_tiles(problem)
     near_enough, accepted = _tolerances(problem)
+    if largest_key is None and problem.slopes is not None:
+        largest_key = largest_key_norms(problem)
     with on_device(problem.query):
         dense_forward_kernel[(state.block_map.shape[0] * state.block_map.shape[1],)](
             rows_of(problem.query),
@@ -129,7 +137,7 @@ def dense_forward(
             rows_of(state.mean_value),
             state.tau,
             state.block_map,
-            largest_key_norms(problem) if problem.slopes is not None else None,
+            largest_key,
             active,
             problem.masks,
             problem.scoring,
@@ -140,7 +148,7 @@ def dense_forward(
             BN=tiles.keys,
             KB=KEY_BLOCK,
             ACTIVE_ROWS=ACTIVE_ROWS,
-            SAMPLE=128 if problem.query.dtype != torch.float32 else 64,
+            SAMPLE=128 if problem.key.shape[2] > 1024 and problem.query.dtype != torch.float32 else 64,
             **problem.constants,
             P_SCALE=problem.weight_scale,
             num_warps=tiles.warps,
@@ -194,7 +202,7 @@ def dense_backward(
         with on_device(grad):
             _single_backward(problem, state, grad, query_grad, key_grad, value_grad)
         return
-    batch, heads, q_len, value_dim = grad.shape
+    batch, heads, q_len, _ = grad.shape
     kv_heads, kv_len = problem.key.shape[1:3]
     constants = problem.constants
     rho = torch.empty_like(state.tau)
@@ -202,14 +210,11 @@ def dense_backward(
     shared = (problem.masks, problem.scoring, problem.scale)
     inputs = (rows_of(problem.query), rows_of(problem.key), rows_of(problem.value), rows_of(grad), state.tau, rho)
     with on_device(grad):
-        rows = 64
-        mean_gradient_kernel[(batch * heads * _blocks(q_len, rows),)](
-            rows_of(grad), rows_of(state.mean_value), rho, heads, q_len, rows, constants["DV"], value_dim
-        )
         tiles = query_gradient_tiles(problem)
         programs = batch * heads * _blocks(q_len, tiles.rows)
         query_gradient_kernel[(programs,)](
             *inputs,
+            rows_of(state.mean_value),
             rows_of(query_grad),
             state.block_map,
             grad.new_empty(programs, key_blocks, dtype=torch.int16),

@@ -99,15 +99,14 @@ def visible_pairs(masks, batch, head, rows, keys, start, stop, q_len, kv_len):
 
     rows, start and stop share one shape, keys has the other; both are given expanded.
     """
-    visible = (keys >= start) & (keys < stop)
+    visible = (keys >= start) & (keys < stop) & (keys >= 0) & (keys < kv_len)
     if masks.key_valid is not None:
-        valid = tl.load(masks.key_valid + batch.to(tl.int64) * kv_len + keys, mask=keys < kv_len, other=0)
+        valid = tl.load(masks.key_valid + batch.to(tl.int64) * kv_len + keys, mask=visible, other=0)
         visible = visible & (valid != 0)
     if masks.dense is not None:
         offset = batch.to(tl.int64) * masks.dense_batch + head * masks.dense_head
         offset += rows.to(tl.int64) * masks.dense_row + keys * masks.dense_key
-        inside = (rows < q_len) & (keys < kv_len)
-        visible = visible & (tl.load(masks.dense + offset, mask=inside, other=0) != 0)
+        visible = visible & (tl.load(masks.dense + offset, mask=visible & (rows < q_len), other=0) != 0)
     return visible
 
 

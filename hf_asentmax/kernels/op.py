@@ -31,7 +31,7 @@ def _problem(
 
 
 def _as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
-    """The bool mask as the kernels read it. Inside the operator, since Inductor (torch 2.11) cannot compile the view."""
+    """The bool mask as the kernels read it. Inside the operator: Inductor (torch 2.11) cannot compile the view."""
     return mask if mask is None else mask.view(torch.uint8)
 
 
@@ -61,24 +61,22 @@ def _forward(
     is_causal: bool,
     sliding_window: int | None,
     softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(output, tau, mean_value, block_map): see dense_launch.DenseState."""
-    from .dense_launch import dense_forward, new_dense_state
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(output, *state): see regimes.State."""
+    from .regimes import forward
 
     ranges = RowRanges(start, stop, key_valid, has_holes, dense_mask)
     problem = _problem(query, key, value, slopes, ranges, alpha, scale, is_causal, sliding_window, softcap)
     output = _new_output(query, value)
-    state = new_dense_state(problem)
-    dense_forward(problem, output, state)
-    return output, *state
+    return output, *forward(problem, output)
 
 
 @_forward.register_fake
 def _(query, key, value, slopes, start, stop, key_valid, has_holes, dense_mask, alpha, scale, *options):  # type: ignore[no-untyped-def]
-    from .dense_launch import new_dense_state
+    from .regimes import new_state
 
     ranges = RowRanges(start, stop, key_valid, has_holes, dense_mask)
-    state = new_dense_state(_problem(query, key, value, slopes, ranges, alpha, scale, *options))
+    state = new_state(_problem(query, key, value, slopes, ranges, alpha, scale, *options))
     return _new_output(query, value), *state
 
 
@@ -97,6 +95,9 @@ def _backward(
     tau: torch.Tensor,
     mean_value: torch.Tensor,
     block_map: torch.Tensor,
+    indices: torch.Tensor,
+    counts: torch.Tensor,
+    overflow: torch.Tensor,
     alpha: float,
     scale: float,
     is_causal: bool,
@@ -104,13 +105,12 @@ def _backward(
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv), laid out as query, key and value are."""
-    from .dense_launch import DenseState, dense_backward
+    from .regimes import State, backward
 
     ranges = RowRanges(start, stop, key_valid, has_holes, dense_mask)
     problem = _problem(query, key, value, slopes, ranges, alpha, scale, is_causal, sliding_window, softcap)
-    grads = tuple(torch.empty_like(tensor) for tensor in (problem.query, problem.key, problem.value))
-    dense_backward(problem, DenseState(tau, mean_value, block_map), _unit_stride(grad), *grads)
-    return grads
+    state = State(tau, mean_value, block_map, indices, counts, overflow)
+    return backward(problem, state, _unit_stride(grad))
 
 
 @_backward.register_fake

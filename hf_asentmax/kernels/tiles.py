@@ -32,13 +32,13 @@ class Tiles(NamedTuple):
 
 
 def regime(problem: Problem) -> str:
-    """"single": one program does a head, forward and backward; "short": forward in registers; else "dense"."""
+    """One of "single": a program does a head, forward and backward; "short": forward in registers; "dense"."""
     q_len, kv_len = problem.query.shape[2], problem.key.shape[2]
     width = problem.width
     exact = problem.query.dtype == torch.float32
     if q_len <= 128 and kv_len <= 128 and width <= 64 and not (exact and max(q_len, kv_len) > 64):
         return "single"
-    if kv_len <= 512 and width <= 64 and not exact:
+    if kv_len <= 256 and width <= 64 and not exact:
         return "short"
     return "dense"
 
@@ -74,7 +74,7 @@ def forward_tiles(problem: Problem) -> Tiles:
     if problem.width <= 64:
         return Tiles(64, 64, 4, 3)
     if problem.width <= 128:
-        return Tiles(64, 64, 8, 3)
+        return Tiles(64, 64, 4, 2)
     return Tiles(64, 32, 8, 2)
 
 
@@ -92,7 +92,7 @@ def key_gradient_tiles(problem: Problem) -> Tiles:
     if problem.query.dtype == torch.float32:
         return Tiles(32, 32, 4, 1)
     if problem.width <= 64:
-        return Tiles(64, 128, 8, 3)
+        return Tiles(64, 64, 4, 3)
     if problem.width <= 128:
-        return Tiles(32, 128, 8, 2)
+        return Tiles(32, 64, 4, 2)
     return Tiles(32, 64, 8, 1)

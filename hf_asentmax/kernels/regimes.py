@@ -1,0 +1,87 @@
+"""Lists or dense tiles: both regimes in one call, the choice made on the device for each block of rows.
+
+Long calls go through the sparse regime first. Row blocks with a support too large for its lists are flagged there, and
+the dense regime does exactly these; it does all of them where lists do not pay or cannot be used.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from .dense_forward import ACTIVE_ROWS
+from .dense_launch import DenseState, dense_backward, dense_forward, largest_key_norms, new_dense_state
+from .problem import Problem
+from .sparse_attention import SparseLists, sparse_backward, sparse_forward, sparse_tiles, sparse_unsupported_reason
+
+__all__ = ["SPARSE_FROM", "State", "backward", "forward", "new_state"]
+
+# Keys from which the sparse regime is tried first: below, its fixed cost a row exceeds what it saves.
+SPARSE_FROM = 4096
+
+
+class State(NamedTuple):
+    """What a call leaves for its backward pass: dense_launch.DenseState and sparse_attention.SparseLists.
+
+    The lists are empty where the dense regime does all rows.
+    """
+
+    tau: torch.Tensor
+    mean_value: torch.Tensor
+    block_map: torch.Tensor
+    indices: torch.Tensor
+    counts: torch.Tensor
+    overflow: torch.Tensor
+
+
+def _uses_lists(problem: Problem) -> bool:
+    return problem.key.shape[2] >= SPARSE_FROM and sparse_unsupported_reason(problem) is None
+
+
+def new_state(problem: Problem) -> State:
+    """A state of the right shapes, as a forward pass without values (for tracing)."""
+    query = problem.query
+    q_len = query.shape[2]
+    shapes: tuple[tuple[int, ...], ...] = ((0,), (0,), (0,))
+    if _uses_lists(problem):
+        room = sparse_tiles(query.dtype, query.shape[3]).room
+        groups = problem.groups
+        shapes = ((groups, q_len, room), (groups, q_len), (groups, -(-q_len // ACTIVE_ROWS)))
+    types = (torch.int32, torch.int32, torch.uint8)
+    lists = (query.new_empty(shape, dtype=dtype) for shape, dtype in zip(shapes, types, strict=True))
+    return State(*new_dense_state(problem), *lists)
+
+
+def forward(problem: Problem, output: torch.Tensor) -> State:
+    """Writes output (batch, heads, q_len, value_dim); returns what the backward pass needs."""
+    dense = new_dense_state(problem)
+    if not _uses_lists(problem):
+        dense_forward(problem, output, dense)
+        return State(*dense, *new_state(problem)[3:])
+    largest_key = largest_key_norms(problem)
+    lists = sparse_forward(problem, output, dense.tau, largest_key)
+    dense_forward(problem, output, dense, active=lists.overflow, largest_key=largest_key)
+    return State(*dense, *lists)
+
+
+def backward(problem: Problem, state: State, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv), laid out as query, key and value are; grad has unit stride in the last dimension.
+
+    dk and dv of the lists are summed by atomics, in an order that changes from run to run in the last bits, unless
+    torch.use_deterministic_algorithms asks for the slower way.
+    """
+    dense = DenseState(*state[:3])
+    query_grad, key_grad, value_grad = (torch.empty_like(t) for t in (problem.query, problem.key, problem.value))
+    if not _uses_lists(problem):
+        dense_backward(problem, dense, grad, query_grad, key_grad, value_grad)
+        return query_grad, key_grad, value_grad
+    sums = (
+        torch.zeros(problem.key.shape, dtype=torch.float32, device=grad.device),
+        torch.zeros(problem.value.shape, dtype=torch.float32, device=grad.device),
+    )
+    lists = SparseLists(*state[3:])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    sparse_backward(problem, dense.tau, lists, grad, query_grad, *sums, deterministic=deterministic)
+    dense_backward(problem, dense, grad, query_grad, key_grad, value_grad, active=lists.overflow, partial=sums)
+    return query_grad, key_grad, value_grad

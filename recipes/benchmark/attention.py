@@ -1,0 +1,247 @@
+"""Attention alone: the kernels against softmax attention and against another entmax kernel, on one GPU.
+
+    python recipes/benchmark/attention.py              # needs a CUDA GPU; writes attention.json beside this file
+    python recipes/benchmark/attention.py --lengths 8192 --kinds random --seconds 60
+    python recipes/benchmark/attention_report.py       # the plot and the table, from the JSON
+
+bfloat16, causal, batch x heads x length about constant (16 x 32,768). Medians of CUDA events, peers in the same run.
+Kinds of input: random (iid normal), sharp (queries x 8), topical (runs of 256 keys share a direction, a query picks
+one), nape (random; half of the heads ALiBi with slopes 1/h), near-uniform (queries x 0.05, as at initialisation), and
+captured (tensors saved by `torch.save((query, key, value), path)`, given with --captured).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from hf_asentmax import entmax_attention
+from hf_asentmax.mappings import entmax
+from recipes.common import results_header, write_json
+
+KINDS = ("random", "sharp", "topical", "nape", "near-uniform")
+LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+SHORT = ((64, 16), (64, 64), (128, 32), (128, 64), (256, 64), (512, 64))  # (length, head_dim) at batch x heads = 16K
+HEADS = 16
+TOKENS = 32768
+
+Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def make_inputs(kind: str, batch: int, length: int, head_dim: int) -> list[torch.Tensor]:
+    """[query, key, value, grad_output], each (batch, HEADS, length, head_dim) bfloat16 on the GPU."""
+    torch.manual_seed(0)
+    query, key, value, grad = (torch.randn(batch, HEADS, length, head_dim, device="cuda") for _ in range(4))
+    if kind == "sharp":
+        query = query * 8
+    elif kind == "near-uniform":
+        query = query * 0.05
+    elif kind == "topical":
+        count = max(length // 256, 1)
+        topics = F.normalize(torch.randn(batch, HEADS, count, head_dim, device="cuda"), dim=-1) * math.sqrt(head_dim)
+        segment = (torch.arange(length, device="cuda") // 256).clamp_max(count - 1)
+        key = 0.5 * key + topics[:, :, segment]
+        pick = (torch.rand(length, device="cuda") * (segment + 1)).long()
+        query = (0.5 * query + topics[:, :, pick]) * 2
+    return [tensor.bfloat16() for tensor in (query, key, value, grad)]
+
+
+def nape_slopes() -> torch.Tensor:
+    """(HEADS,) ALiBi slopes 1/h on half of the heads, 0 on the others."""
+    half = 1.0 / torch.arange(1, HEADS // 2 + 1, device="cuda")
+    return torch.cat([half, torch.zeros(HEADS - HEADS // 2, device="cuda")])
+
+
+def _sdpa(backend: SDPBackend) -> Attention:
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+    return attend
+
+
+def _flex_alibi(length: int) -> Attention:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cuda")
+    slopes = nape_slopes()
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return compiled(query, key, value, score_mod=lambda s, b, h, i, j: s + slopes[h] * (j - i), block_mask=mask)
+
+    return attend
+
+
+def methods(kind: str, length: int, wanted: list[str]) -> Iterator[tuple[str, Attention]]:
+    """The methods that can run a kind, and are installed."""
+    slopes = nape_slopes() if kind == "nape" else None
+    all_methods: dict[str, Callable[[], Attention]] = {
+        "ours": lambda: lambda q, k, v: entmax_attention(q, k, v, alibi_slopes=slopes, backend="triton"),
+        "sdpa flash-2": lambda: _sdpa(SDPBackend.FLASH_ATTENTION),
+        "sdpa cuDNN": lambda: _sdpa(SDPBackend.CUDNN_ATTENTION),
+        "flex alibi": lambda: _flex_alibi(length),
+    }
+    try:
+        import adasplash
+    except ImportError:
+        pass
+    else:
+        if kind != "nape":
+            all_methods["adasplash v2"] = lambda: lambda q, k, v: adasplash.adasplash_v2(q, k, v)
+            all_methods["adasplash v1"] = lambda: lambda q, k, v: adasplash.adasplash_v1(
+                q, k, v, alpha=1.5, is_causal=True
+            )
+    for name, make in all_methods.items():
+        if name in wanted:
+            yield name, make()
+
+
+def median_ms(run: Callable[[], Any], budget_ms: float = 150.0) -> float:
+    """Median time of a call on the GPU, over about `budget_ms`, at least 5 calls, launched without waiting between."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    run()
+    events[0].record()
+    run()
+    events[1].record()
+    torch.cuda.synchronize()
+    calls = min(50, max(5, int(budget_ms / max(events[0].elapsed_time(events[1]), 1e-3))))
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(calls + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        run()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in zip(marks, marks[1:], strict=False))
+
+
+@torch.no_grad()
+def sampled_rows(inputs: list[torch.Tensor], slopes: torch.Tensor | None, rows: int = 64) -> dict[str, Any]:
+    """Support, tile density (64 x 64) and the float64 output of evenly spaced rows of the first head."""
+    query, key, value = (tensor[:1, :1].double() for tensor in inputs[:3])
+    length = query.shape[2]
+    chosen = torch.linspace(0, length - 1, rows, device="cuda").long()
+    mask = (torch.arange(length, device="cuda")[None] <= chosen[:, None])[None, None]
+    eye_free = {"is_causal": False, "attention_mask": mask, "backend": "eager"}
+    if slopes is not None:
+        raise ValueError("sampled rows are for heads without ALiBi")
+    output = entmax_attention(query[:, :, chosen], key, value, **eye_free)
+    support = 0.0
+    tiles = []
+    for start in range(0, length, max(64, length // 8 // 64 * 64)):
+        index = torch.arange(start, min(start + 64, length), device="cuda")
+        seen = (torch.arange(length, device="cuda")[None] <= index[:, None])[None, None]
+        scores = (query[:, :, index] @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).masked_fill(~seen, -math.inf)
+        weights = entmax(scores, 1.5)[0, 0] > 0
+        support += weights.sum(-1).double().mean().item()
+        padded = F.pad(weights, (0, -length % 64)).view(len(index), -1, 64).any(-1).any(0)
+        tiles.append(padded.sum().item() / (start // 64 + 1))
+    return {
+        "rows": chosen,
+        "output": output,
+        "support": round(support / len(tiles), 1),
+        "density": round(sum(tiles) / len(tiles), 3),
+    }
+
+
+def measure(name: str, attend: Attention, inputs: list[torch.Tensor], truth: dict[str, Any] | None) -> dict[str, Any]:
+    """Times, memory and, for entmax, error of one method."""
+    *tensors, grad = inputs
+    with torch.no_grad():
+        forward = median_ms(lambda: attend(*tensors))
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+
+    def both() -> None:
+        torch.autograd.grad(attend(*leaves), leaves, grad)
+
+    both()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    both()
+    torch.cuda.synchronize()
+    memory = torch.cuda.max_memory_allocated() - before
+    result: dict[str, Any] = {
+        "method": name,
+        "forward_ms": round(forward, 4),
+        "forward_backward_ms": round(median_ms(both), 4),
+        "peak_mib": round(memory / 2**20, 1),
+    }
+    if truth is not None and (name == "ours" or name.startswith("adasplash")):
+        with torch.no_grad():
+            output = attend(*tensors)[:1, :1, truth["rows"]].double()
+        result["error"] = float(f"{((output - truth['output']).norm() / truth['output'].norm()).item():.2e}")
+    return result
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, int, int, list[torch.Tensor]]]:
+    """(kind, length, head_dim, inputs)"""
+    for head_dim in arguments.head_dims:
+        for length in arguments.lengths:
+            for kind in arguments.kinds:
+                yield kind, length, head_dim, make_inputs(kind, max(1, TOKENS // length), length, head_dim)
+    if arguments.short:
+        for length, head_dim in SHORT:
+            batch = 16384 // HEADS
+            yield "random, many rows", length, head_dim, make_inputs("random", batch, length, head_dim)
+    for path in arguments.captured:
+        query, key, value = (tensor.cuda().bfloat16() for tensor in torch.load(path))
+        yield f"captured {path.name}", query.shape[2], query.shape[3], [query, key, value, torch.randn_like(query)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS)
+    parser.add_argument("--head-dims", type=int, nargs="*", default=(64, 128))
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
+    parser.add_argument("--short", action=argparse.BooleanOptionalAction, default=True, help="also many short rows")
+    parser.add_argument("--captured", type=Path, nargs="*", default=(), help="tensors of a trained model")
+    parser.add_argument(
+        "--methods",
+        nargs="*",
+        default=["ours", "sdpa flash-2", "sdpa cuDNN", "flex alibi", "adasplash v2", "adasplash v1"],
+    )
+    parser.add_argument("--seconds", type=float, default=math.inf, help="start no new case after so long")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("attention.json"))
+    arguments = parser.parse_args()
+
+    results: list[dict[str, Any]] = []
+    started = time.perf_counter()
+    for kind, length, head_dim, inputs in cases(arguments):
+        if time.perf_counter() - started > arguments.seconds:
+            print("out of time")
+            break
+        truth = None if kind == "nape" else sampled_rows(inputs, None)
+        case = {"kind": kind, "length": length, "head_dim": head_dim, "batch": inputs[0].shape[0], "heads": HEADS}
+        if truth is not None:
+            case |= {"support": truth["support"], "density": truth["density"]}
+        for name, attend in methods(kind, length, arguments.methods):
+            if name == "flex alibi" and kind != "nape":
+                continue
+            if name == "adasplash v1" and length > 8192:
+                continue  # over a hundred times slower than the rest
+            try:
+                row = measure(name, attend, inputs, truth)
+            except (RuntimeError, torch.OutOfMemoryError) as error:
+                row = {"method": name, "failed": f"{type(error).__name__}: {str(error)[:120]}"}
+            results.append(case | row)
+            print(" ".join(f"{key}={value}" for key, value in results[-1].items()), flush=True)
+        del inputs, truth
+        torch.cuda.empty_cache()
+        write_json(arguments.output, {**results_header(torch.device("cuda"), [0]), "results": results})
+
+
+if __name__ == "__main__":
+    main()

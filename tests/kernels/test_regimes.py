@@ -1,0 +1,84 @@
+"""Lists and dense tiles side by side in one call: rows with a small support and rows with a large one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_asentmax import entmax_attention
+from kernel_cases import TOLERANCES, Case, options, tensors
+from reference import assert_close
+
+
+def mixed(case: Case, device: str) -> list[torch.Tensor]:
+    """The case's tensors with every second block of 128 queries near-uniform."""
+    query, key, value, grad = tensors(case, device)
+    block = torch.arange(case.q_len, device=device) // 128
+    query = query * torch.where(block % 2 == 1, 0.01, 4.0).to(query.dtype)[:, None]
+    return [query, key, value, grad]
+
+
+def check_mixed(case: Case, device: str) -> torch.Tensor:
+    """Compares output and gradients with the definition; returns the overflow flags of the row blocks."""
+    from hf_asentmax.kernels import regimes
+
+    flags = []
+    plain = regimes.sparse_forward
+
+    def recording(*args: object, **more: object) -> object:
+        lists = plain(*args, **more)  # type: ignore[arg-type]
+        flags.append(lists.overflow)
+        return lists
+
+    regimes.sparse_forward = recording  # type: ignore[assignment]
+    try:
+        *inputs, grad = mixed(case, device)
+        results = []
+        for backend, dtype in (("triton", case.dtype), ("eager", torch.float64)):
+            leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+            output = entmax_attention(*leaves, backend=backend, **options(case, device))
+            results.append([output, *torch.autograd.grad(output, leaves, grad.to(dtype))])
+    finally:
+        regimes.sparse_forward = plain
+    for name, mine, expected in zip(("output", "dq", "dk", "dv"), *results, strict=True):
+        assert_close(name, mine, expected, TOLERANCES[case.dtype] * (1 if name == "output" else 2))
+    return flags[0]
+
+
+def test_both_regimes_in_one_call(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_asentmax.kernels import regimes
+
+    monkeypatch.setattr(regimes, "SPARSE_FROM", 128)
+    flags = check_mixed(Case("mixed", q_len=256, kv_len=290, heads=1, head_dim=16), device)
+    assert flags.any() and not flags.all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("mixed-causal", q_len=6000, head_dim=64, dtype=torch.bfloat16),
+        Case("mixed-alibi", q_len=6000, head_dim=64, dtype=torch.bfloat16, alibi=True, batch=2, mask="left"),
+        Case("mixed-grouped", q_len=4500, heads=4, kv_heads=2, head_dim=128, dtype=torch.float16),
+        Case("mixed-packed", q_len=5000, head_dim=80, dtype=torch.bfloat16, packed=(0, 100, 3100, 5000)),
+        Case("mixed-exact", q_len=4200, head_dim=32),
+    ],
+    ids=lambda case: case.name,
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_both_regimes_on_gpu(case: Case, deterministic: bool) -> None:
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        flags = check_mixed(case, "cuda")
+        if deterministic:
+            runs = []
+            for _ in range(2):
+                *inputs, grad = mixed(case, "cuda")
+                leaves = [tensor.requires_grad_() for tensor in inputs]
+                output = entmax_attention(*leaves, backend="triton", **options(case, "cuda"))
+                runs.append([output, *torch.autograd.grad(output, leaves, grad)])
+            assert all(torch.equal(first, second) for first, second in zip(*runs, strict=True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert flags.any() and not flags.all()
