@@ -151,7 +151,7 @@ class _Entmax(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
         (probabilities,) = ctx.saved_tensors
         slope = _power(probabilities, 2.0 - ctx.alpha)
         if ctx.alpha == 1.5:

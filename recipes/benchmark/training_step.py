@@ -45,7 +45,7 @@ def build(
         "intermediate_size": 128,
     }
     if not small:
-        size: dict[str, Any] = {
+        size = {
             "hidden_size": 768,
             "num_hidden_layers": 12,
             "num_attention_heads": 12,
@@ -64,7 +64,7 @@ def build(
 
 def median_step_seconds(model: PreTrainedModel, length: int, device: str, steps: int) -> tuple[float, float]:
     """(median seconds of a step after warm-up, peak memory in GiB) at batch 1."""
-    model.to(device).train()
+    model.to(device).train()  # type: ignore[arg-type]  # transformers wraps Module.to
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device == "cuda")
     compiled = torch.compile(model) if device == "cuda" else model
     generator = torch.Generator().manual_seed(0)
