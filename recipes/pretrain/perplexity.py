@@ -33,10 +33,11 @@ HELD_OUT_FILE = "held_out.txt"
 
 
 @torch.no_grad()
-def token_losses(model: PreTrainedModel, windows: torch.Tensor, batch_tokens: int = 8192) -> torch.Tensor:
+def token_losses(model: PreTrainedModel, windows: torch.Tensor) -> torch.Tensor:
     """The loss in nats of every token but a window's first, given those before it: (windows, length - 1) float32."""
     model.eval()
     losses = []
+    batch_tokens = 1024 if model.device.type == "cpu" else 16384  # small parts stay in a CPU's cache
     for part in windows.split(max(1, batch_tokens // windows.shape[1])):
         part = part.to(model.device)
         logits = model(part, use_cache=False).logits[:, :-1].float()
@@ -129,7 +130,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT")
     parser.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="default: what training held out")
-    parser.add_argument("--max-tokens", type=int, default=65536, help="of the text, from its start (default 65536)")
+    parser.add_argument("--max-tokens", type=int, default=32768, help="of the text, from its start (default 32768)")
     parser.add_argument("--device", type=torch.device, default=common.default_device(), help="default: a GPU if any")
     parser.add_argument("--out", type=Path, default=common.REPOSITORY / "runs" / "pretrain", help="where to write")
     return parser.parse_args()

@@ -79,7 +79,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--stop-after", type=int, metavar="STEPS", help="save a state there and end, as if cut off")
     training.add_argument("--resume", action="store_true", help="go on from the last saved state in --out")
     training.add_argument("--out", type=Path, help="default: runs/pretrain/ATTENTION")
-    training.add_argument("--eval-tokens", type=int, default=65536, help="of the held-out text (default 65536)")
+    training.add_argument("--eval-tokens", type=int, default=32768, help="of the held-out text (default 32768)")
     parsed = parser.parse_args(arguments)
     if (parsed.text is None) == (parsed.dataset is None):
         parser.error("give the text: either --text FILE ... or --dataset NAME")
