@@ -29,7 +29,8 @@ class SparseLists(NamedTuple):
     """What the backward pass reads, and what the dense regime has to do.
 
     Attributes:
-        indices: (batch * heads, q_len, room) int32, keys listed for each row, up to its count.
+        indices: (batch * heads, q_len, room), keys listed for each row, up to its count: int16, modulo 2^16, where
+            kv_len allows it, else int32.
         counts: (batch * heads, q_len) int32.
         overflow: (batch * heads, ceil(q_len / ROW_BLOCK)) uint8, 1 where a row did not fit: output, tau and gradients
             of these row blocks are the dense regime's.
@@ -63,26 +64,43 @@ class SparseTiles(NamedTuple):
     maxima_stages: int = 3
     candidate_warps: int = 8
     candidate_stages: int = 3
-    words: int = 64
-    room: int = 64
-    list_rows: int = 1
-    list_chunk: int = 32
+    words: int = 128
+    room: int = 128
+    list_rows: int = 2
+    list_chunk: int = 16
     list_warps: int = 1
     grad_rows: int = 1
-    grad_chunk: int = 32
+    grad_chunk: int = 16
     grad_warps: int = 1
-    expand_rows: int = 16
-    expand_warps: int = 2
-    steps: int = 5
+    expand_rows: int = 4
+    expand_warps: int = 1
+    steps: int = 3
+    bound_unit: int = 16
+    bound_warps: int = 4
+    maxima_registers: int | None = None
+    candidate_registers: int | None = None
+    list_registers: int | None = None
+    grad_registers: int | None = None
 
 
 def sparse_tiles(dtype: torch.dtype, head_dim: int) -> SparseTiles:
-    """The tile sizes that the passes over the scores take for a type and head_dim."""
+    """The tile sizes for a type and head_dim, by timings on an H100 (recipes/benchmark/NOTES.md).
+
+    Two programs of 8 warps share a multiprocessor if each thread has 128 registers and shared memory holds both: one
+    multiplies while the other looks at its scores.
+    """
     if dtype == torch.float32:
         return SparseTiles(
             rows=64, maxima_keys=64, block=64, maxima_warps=4, maxima_stages=2, candidate_warps=4, candidate_stages=2
         )
-    return SparseTiles()
+    if head_dim <= 64:
+        return SparseTiles(maxima_registers=128, candidate_registers=128)
+    if head_dim <= 128:
+        return SparseTiles(
+            maxima_stages=2, candidate_stages=2, maxima_registers=128, candidate_registers=128, list_chunk=8,
+            grad_chunk=8,
+        )  # fmt: skip
+    return SparseTiles(maxima_stages=2, candidate_stages=2, list_rows=1, list_chunk=8, grad_chunk=4)
 
 
 def sparse_unsupported_reason(problem: Problem) -> str | None:
@@ -123,7 +141,8 @@ def sparse_forward(
     tiles = tiles or sparse_tiles(query.dtype, query.shape[3])
     device = query.device
     groups = problem.groups
-    indices = torch.empty((groups, q_len, tiles.room), dtype=torch.int32, device=device)
+    index_type = torch.int16 if kv_len <= 1 << 16 else torch.int32
+    indices = torch.empty((groups, q_len, tiles.room), dtype=index_type, device=device)
     counts = torch.empty((groups, q_len), dtype=torch.int32, device=device)
     overflow = torch.zeros((groups, triton.cdiv(q_len, ROW_BLOCK)), dtype=torch.uint8, device=device)
 
@@ -152,17 +171,17 @@ def sparse_forward(
             block_maxima_kernel[(count,)](
                 q, k, maxima, tops, spans, largest_key, masks, scoring, **common, blocks=blocks,
                 BN=tiles.maxima_keys, BLOCK=tiles.block, **dims, PRECISION=constants["PRECISION"],
-                num_warps=tiles.maxima_warps, num_stages=tiles.maxima_stages,
+                num_warps=tiles.maxima_warps, num_stages=tiles.maxima_stages, maxnreg=tiles.maxima_registers,
             )  # fmt: skip
             row_bounds_kernel[(count,)](
                 q, maxima, tops, spans, largest_key, scoring, bounds, active, active_counts, overflow,
-                **common, blocks=blocks, STEPS=tiles.steps, ROOM=tiles.words, ROW_BLOCK=ROW_BLOCK, UNIT=16, **dims,
-                num_warps=4,
+                **common, blocks=blocks, STEPS=tiles.steps, ROOM=tiles.words, ROW_BLOCK=ROW_BLOCK, UNIT=tiles.bound_unit, **dims,
+                num_warps=tiles.bound_warps,
             )  # fmt: skip
             candidates_kernel[(count,)](
                 q, k, bounds, active, active_counts, entries, entry_counts, masks, scoring, **common, blocks=blocks,
                 BLOCK=tiles.block, ROOM=tiles.words, **dims, PRECISION=constants["PRECISION"],
-                num_warps=tiles.candidate_warps, num_stages=tiles.candidate_stages,
+                num_warps=tiles.candidate_warps, num_stages=tiles.candidate_stages, maxnreg=tiles.candidate_registers,
             )  # fmt: skip
             expand_kernel[(count * (tiles.rows // tiles.expand_rows),)](
                 entries, entry_counts, indices, counts, overflow, q_len, first,
@@ -172,7 +191,7 @@ def sparse_forward(
             list_forward_kernel[(count * (tiles.rows // tiles.list_rows),)](
                 q, k, v, out, tau, bounds, indices, counts, scoring, **common,
                 LIST_ROOM=tiles.room, CHUNK=tiles.list_chunk, R=tiles.list_rows, **dims, **value_dims,
-                num_warps=tiles.list_warps,
+                num_warps=tiles.list_warps, maxnreg=tiles.list_registers,
             )  # fmt: skip
     return SparseLists(indices, counts, overflow)
 
@@ -212,7 +231,7 @@ def sparse_backward(
             *(rows_of(tensor) for tensor in (query, problem.key, problem.value, grad, query_grad)),
             keys, values, tau, *lists, units, problem.scoring, problem.scale, **problem.lengths,
             LIST_ROOM=lists.indices.shape[2], CHUNK=tiles.grad_chunk, ROW_BLOCK=ROW_BLOCK, R=tiles.grad_rows,
-            **constants, num_warps=tiles.grad_warps,
+            **constants, num_warps=tiles.grad_warps, maxnreg=tiles.grad_registers,
         )  # fmt: skip
         if units is not None:
             for which, (sums, result) in enumerate(((keys, key_sums), (values, value_sums))):

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .device import support_powers
-from .sparse_lists import gather_rows, list_scores
+from .sparse_lists import gather_rows, list_scores, listed_keys
 
 __all__ = ["fixed_to_float_kernel", "list_backward_kernel"]
 
@@ -31,21 +31,6 @@ def _add_to_keys(sums, kv_group, kv_len, keys, listed, terms, unit, D: tl.conste
     if sums.dtype.element_ty == tl.int64:
         terms = (terms * unit).to(tl.int64)
     tl.atomic_add(pointers, terms, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def _chunk_terms(
-    q, grad, tau, lists, number, count, position, slope, key_pointer, key_row, value_pointer, value_row, scoring,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
-):  # fmt: skip
-    """(keys, k, p, s, dp) of a chunk of the rows' lists."""
-    inside = number < count[:, None]
-    keys = tl.load(lists + number, mask=inside, other=0)
-    k = gather_rows(key_pointer, key_row, keys, inside, D, HEAD_DIM)
-    v = gather_rows(value_pointer, value_row, keys, inside, DV, VALUE_DIM)
-    score = list_scores(q, k, keys, inside, position, slope, scoring)
-    p, s = support_powers(tl.maximum(score - tau[:, None], 0.0), scoring.exponent)
-    return keys, k, p, s, tl.sum(grad[:, None, :] * v, 2)
 
 
 @triton.jit
@@ -108,33 +93,44 @@ def list_backward_kernel(
         key_unit = tl.load(units)
         value_unit = tl.load(units + 1)
 
+    # sum(s dp) / sum(s) is known after the last key: s and dp of all keys are kept, and dq is summed in two parts
+    chunks: tl.constexpr = LIST_ROOM // CHUNK
+    part = tl.arange(0, chunks)[None, :, None]
+    slopes_of_keys = tl.zeros([R, chunks, CHUNK], tl.float32)
+    products_of_keys = tl.zeros([R, chunks, CHUNK], tl.float32)
     sum_s = tl.zeros([R], tl.float32)
     sum_s_dp = tl.zeros([R], tl.float32)
-    if longest > CHUNK:
-        for chunk in range(0, tl.cdiv(longest, CHUNK)):
-            _, _, _, s, dp = _chunk_terms(
-                q, grad, tau, lists, chunk * CHUNK + in_chunk, count, position, slope, key_pointer, key.row,
-                value_pointer, value.row, scoring, D, HEAD_DIM, DV, VALUE_DIM,
-            )  # fmt: skip
-            sum_s += tl.sum(s, 1)
-            sum_s_dp += tl.sum(s * dp, 1)
-
-    grad_q = tl.zeros([R, D], tl.float32)
+    sum_s_k = tl.zeros([R, D], tl.float32)
+    sum_s_dp_k = tl.zeros([R, D], tl.float32)
     for chunk in range(0, tl.cdiv(longest, CHUNK)):
-        keys, k, p, s, dp = _chunk_terms(
-            q, grad, tau, lists, chunk * CHUNK + in_chunk, count, position, slope, key_pointer, key.row,
-            value_pointer, value.row, scoring, D, HEAD_DIM, DV, VALUE_DIM,
-        )  # fmt: skip
-        if longest <= CHUNK:
-            sum_s = tl.sum(s, 1)
-            sum_s_dp = tl.sum(s * dp, 1)
-        mean = sum_s_dp / tl.where(sum_s > 0, sum_s, 1.0)
-        dz = s * (dp - mean[:, None]) * scale
-        grad_q += tl.sum(dz[:, :, None] * k, 1)
-        listed = s > 0
-        _add_to_keys(key_sums, kv_group, kv_len, keys, listed, dz[:, :, None] * q[:, None, :], key_unit, D, HEAD_DIM)
+        number = chunk * CHUNK + in_chunk
+        inside = number < count[:, None]
+        keys = listed_keys(lists + number, inside)
+        k = gather_rows(key_pointer, key.row, keys, inside, D, HEAD_DIM)
+        v = gather_rows(value_pointer, value.row, keys, inside, DV, VALUE_DIM)
+        score = list_scores(q, k, keys, inside, position, slope, scoring)
+        p, s = support_powers(tl.maximum(score - tau[:, None], 0.0), scoring.exponent)
+        dp = tl.sum(grad[:, None, :] * v, 2)
         terms = p[:, :, None] * grad[:, None, :]
-        _add_to_keys(value_sums, kv_group, kv_len, keys, listed, terms, value_unit, DV, VALUE_DIM)
+        _add_to_keys(value_sums, kv_group, kv_len, keys, s > 0, terms, value_unit, DV, VALUE_DIM)
+        s_dp = s * dp
+        sum_s += tl.sum(s, 1)
+        sum_s_dp += tl.sum(s_dp, 1)
+        sum_s_k += tl.sum(s[:, :, None] * k, 1)
+        sum_s_dp_k += tl.sum(s_dp[:, :, None] * k, 1)
+        slopes_of_keys = tl.where(part == chunk, s[:, None, :], slopes_of_keys)
+        products_of_keys = tl.where(part == chunk, dp[:, None, :], products_of_keys)
+
+    mean = sum_s_dp / tl.where(sum_s > 0, sum_s, 1.0)
+    grad_q = (sum_s_dp_k - mean[:, None] * sum_s_k) * scale
+    dz_of_keys = slopes_of_keys * (products_of_keys - mean[:, None, None]) * scale
+    for chunk in range(0, tl.cdiv(longest, CHUNK)):
+        number = chunk * CHUNK + in_chunk
+        inside = number < count[:, None]
+        keys = listed_keys(lists + number, inside)
+        dz = tl.sum(tl.where(part == chunk, dz_of_keys, 0.0), 1)
+        terms = dz[:, :, None] * q[:, None, :]
+        _add_to_keys(key_sums, kv_group, kv_len, keys, inside & (dz != 0), terms, key_unit, D, HEAD_DIM)
 
     dq_pointer = grad_query.pointer + batch * grad_query.batch + head.to(tl.int64) * grad_query.head
     tl.store(

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .device import entmax_norm, support_powers
 
-__all__ = ["expand_kernel", "gather_rows", "list_forward_kernel", "list_scores"]
+__all__ = ["expand_kernel", "gather_rows", "list_forward_kernel", "list_scores", "listed_keys"]
 
 # Newton's method from the block maxima's bound needs 2 to 4 steps at alpha = 1.5; the loop stops when no row moves.
 _MAX_STEPS = tl.constexpr(24)
@@ -36,7 +36,8 @@ def expand_kernel(
 
     Args:
         entries, entry_counts: (tiles, BM, ROOM) and (tiles, BM) int32, from `candidates_kernel`.
-        indices: (batch * heads, q_len, LIST_ROOM) int32, written up to the row's count.
+        indices: (batch * heads, q_len, LIST_ROOM) int32 or int16 (key indices modulo 2^16), written up to the row's
+            count.
         counts: (batch * heads, q_len) int32; 0 for rows that do not fit.
         overflow: (batch * heads, ceil(q_len / ROW_BLOCK)) uint8, set to 1 where a row does not fit.
     """
@@ -60,15 +61,25 @@ def expand_kernel(
     total = tl.sum(ones, 1)
     fits = (written <= ROOM) & (total <= LIST_ROOM)
     target = indices + (group * q_len + rows)[:, None] * LIST_ROOM + place
+    narrow: tl.constexpr = indices.dtype.element_ty
     for step in range(0, tl.max(tl.max(ones, 1), 0)):
         lowest = word & (-word)
         bit = _count_bits(lowest - 1)
         key = first_key + (bit >> 1) * 8 + (bit & 1)
-        tl.store(target + step, key, mask=(word != 0) & (place + step < LIST_ROOM))
+        tl.store(target + step, key.to(narrow), mask=(word != 0) & (place + step < LIST_ROOM))
         word = word ^ lowest
     tl.store(counts + group * q_len + rows, tl.where(fits, total, 0), mask=exists)
     row_blocks = tl.cdiv(q_len, ROW_BLOCK)
     tl.store(overflow + group * row_blocks + rows // ROW_BLOCK, tl.full([R], 1, tl.uint8), mask=exists & (fits == 0))
+
+
+@triton.jit
+def listed_keys(pointers, inside):
+    """int32 key indices; int16 ones are meant modulo 2^16."""
+    keys = tl.load(pointers, mask=inside, other=0).to(tl.int32)
+    if pointers.dtype.element_ty == tl.int16:
+        keys = keys & 0xFFFF
+    return keys
 
 
 @triton.jit
@@ -103,7 +114,7 @@ def list_forward_kernel(
         query, key, value, output: Rows.
         tau_out: (batch * heads, q_len) float32.
         bounds: (tiles, BM) float32, where Newton's method starts.
-        indices, counts: the lists, (batch * heads, q_len, LIST_ROOM) and (batch * heads, q_len) int32.
+        indices, counts: the lists, (batch * heads, q_len, LIST_ROOM) and (batch * heads, q_len).
     """
     parts: tl.constexpr = BM // R
     slot = tl.program_id(0) // parts
@@ -139,7 +150,7 @@ def list_forward_kernel(
     for chunk in range(0, tl.cdiv(longest, CHUNK)):
         number = chunk * CHUNK + in_chunk
         inside = number < count[:, None]
-        keys = tl.load(lists + number, mask=inside, other=0)
+        keys = listed_keys(lists + number, inside)
         k = gather_rows(key_pointer, key.row, keys, inside, D, HEAD_DIM)
         score = list_scores(q, k, keys, inside, position, slope, scoring)
         scores = tl.where(part == chunk, score[:, None, :], scores)
@@ -171,7 +182,7 @@ def list_forward_kernel(
     for chunk in range(0, tl.cdiv(longest, CHUNK)):
         number = chunk * CHUNK + in_chunk
         inside = number < count[:, None]
-        keys = tl.load(lists + number, mask=inside, other=0)
+        keys = listed_keys(lists + number, inside)
         v = gather_rows(value_pointer, value.row, keys, inside, DV, VALUE_DIM)
         weight = tl.sum(tl.where(part == chunk, p, 0.0), 1)
         out += tl.sum(weight[:, :, None] * v, 1)

@@ -205,7 +205,9 @@ def _append(entries, count, above, block, index, ROOM: tl.constexpr, BM: tl.cons
     bit = 2 * tl.arange(0, 8)[:, None] + tl.arange(0, 2)[None, :]
     weight = (1 << bit).to(tl.float32)
     tile = tile * tl.reshape(weight, [1, 1, 8, 1, 2])
-    word = tl.reshape(tl.sum(tl.sum(tile, 4), 2), [BM, words]).to(tl.int32)
+    # added to 2^23, an integer stands in the low bits of a float32: cheaper than a conversion
+    word = tl.reshape(tl.sum(tl.sum(tile, 4), 2), [BM, words]) + 8388608.0
+    word = word.to(tl.int32, bitcast=True) & 0xFFFF
     number = tl.arange(0, words)
     some = (word != 0).to(tl.int32)
     # a nibble a word; the product sums the nibbles up to each: at most 8, so nothing carries over

@@ -34,21 +34,14 @@ HEADS = 16
 NO_RANGES = RowRanges(None, None, None, None, None)
 
 # Variants of the passes over the scores and of those on the list. Each is timed kernel by kernel.
-SWEEP: list[dict[str, int]] = [
+SWEEP: list[dict[str, int | None]] = [
     {},
-    {"block": 64},
-    {"maxima_warps": 4, "candidate_warps": 4},
-    {"maxima_keys": 64, "block": 64, "maxima_warps": 4, "candidate_warps": 4},
-    {"maxima_stages": 4, "candidate_stages": 4},
-    {"maxima_stages": 2, "candidate_stages": 2},
-    {"rows": 64, "maxima_warps": 4, "candidate_warps": 4},
-    {"rows": 64, "maxima_keys": 128, "block": 64, "maxima_warps": 4, "candidate_warps": 4},
-    {"maxima_keys": 256, "candidate_stages": 4},
-    {"list_chunk": 16, "grad_chunk": 16},
-    {"list_rows": 2, "list_chunk": 16, "grad_rows": 2, "grad_chunk": 16, "expand_warps": 4},
-    {"list_warps": 2, "grad_warps": 2, "expand_warps": 1, "expand_rows": 4},
-    {"list_rows": 4, "list_warps": 4, "grad_rows": 4, "grad_warps": 4, "expand_rows": 8, "expand_warps": 4},
-    {"list_rows": 4, "list_chunk": 8, "grad_rows": 4, "grad_chunk": 8, "expand_rows": 8, "expand_warps": 1},
+    {"maxima_registers": None, "bound_unit": 32},
+    {"maxima_warps": 4, "maxima_registers": 168, "candidate_warps": 4, "candidate_registers": 168},
+    {"maxima_warps": 4, "maxima_keys": 64, "block": 64, "candidate_warps": 4},
+    {"rows": 64, "maxima_warps": 4, "candidate_warps": 4, "bound_warps": 8},
+    {"grad_chunk": 8, "list_rows": 4, "list_chunk": 8, "bound_unit": 32, "bound_warps": 8},
+    {"grad_registers": 96, "candidate_registers": 80, "list_rows": 4},
 ]
 
 
@@ -210,7 +203,7 @@ def measure(spec: str) -> dict[str, Any]:
     return result
 
 
-def compile_variant(arguments: tuple[dict[str, int], str]) -> None:
+def compile_variant(arguments: tuple[dict[str, int | None], str]) -> None:
     """Fills Triton's cache: variants compile in processes side by side."""
     variant, spec = arguments
     _, head_dim, kind = spec.split(":")

@@ -237,9 +237,7 @@ def test_long(dtype: torch.dtype, head_dim: int) -> None:
     if not ON_GPU:
         pytest.skip("needs a GPU")
     slopes = [0.0, 0.01, 0.0, 0.5]
-    call = Call(
-        "cuda", dtype=dtype, heads=4, kv_heads=2, q_len=1111, kv_len=1400, head_dim=head_dim, slopes=slopes
-    )
+    call = Call("cuda", dtype=dtype, heads=4, kv_heads=2, q_len=1111, kv_len=1400, head_dim=head_dim, slopes=slopes)
     lists = call.run(sparse_tiles(dtype, head_dim))
     assert not lists.overflow.any()
     call.check(FORWARD_TOLERANCE[dtype])
