@@ -169,7 +169,7 @@ def support_powers(excess, exponent: tl.constexpr):
         return excess * excess, excess
     if exponent == 1.0:
         return excess, tl.where(excess > 0, 1.0, 0.0)
-    slope = tl.where(excess > 0, tl.exp2((exponent - 1.0) * tl.log2(excess)), 0.0)
+    slope = tl.where(excess > 0, tl.exp2(tl.log2(excess) * (exponent - 1.0)), 0.0)
     return slope * excess, slope
 
 
