@@ -15,6 +15,9 @@ FILE_IMPLEMENTATION = (
 REMOTE_MODULE = "configuration_hf_asentmax"
 REMOTE_CLASS = "ASEntmaxAutoConfig"
 
+# Beside "asentmax" (the flags) in config.json: the preset's name that the model was built with.
+PRESET_ENTRY = "asentmax_preset"
+
 # On an attention module: its settings, and the module of its length scaling.
 SETTINGS_ATTRIBUTE = "asentmax_settings"
 SCALING_ATTRIBUTE = "length_scaling"
@@ -35,8 +38,11 @@ def flags_of(config: PreTrainedConfig) -> ASEntmaxConfig:
     return ASEntmaxConfig.from_preset(name, getattr(config, "asentmax", None))
 
 
-def preset_for_flags(flags: ASEntmaxConfig) -> str:
-    """The preset with the mapping and scaling of `flags` (any number of keys for top-k), else `asentmax`."""
+def preset_for_flags(config: PreTrainedConfig, flags: ASEntmaxConfig) -> str:
+    """The preset that flags were saved with, else the one that has their mapping and scaling, else `asentmax`."""
+    saved = getattr(config, PRESET_ENTRY, None)
+    if saved in PRESETS:
+        return saved
     for name, preset in PRESETS.items():
         same_top_k = (flags.top_k is not None) == ("top_k" in preset)
         if same_top_k and flags.alpha == preset["alpha"] and flags.scaling == preset["scaling"]:

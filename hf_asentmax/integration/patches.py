@@ -58,19 +58,21 @@ def resolve_implementation(config: PreTrainedConfig, requested: str | None) -> s
                 'this config.json names hf_asentmax as its "attn_implementation" but has no "asentmax" flags; it was '
                 "edited by hand or cut. Restore them, or pass attn_implementation explicitly"
             )
-        return preset_for_flags(ASEntmaxConfig.from_preset("asentmax", flags))
+        return preset_for_flags(config, ASEntmaxConfig.from_preset("asentmax", flags))
     if requested in PRESETS:
-        resolved = ASEntmaxConfig.from_preset(requested, flags)
-        if _from_file(flags) and requested != preset_for_flags(resolved):
-            raise ValueError(
-                f"this checkpoint was saved with {resolved}, which attn_implementation={requested!r} contradicts. "
-                "Leave attn_implementation out to restore it, or set config.asentmax to the flags that you want"
-            )
+        if _from_file(flags):
+            saved = ASEntmaxConfig.from_preset("asentmax", flags)
+            if requested != preset_for_flags(config, saved):
+                raise ValueError(
+                    f"this checkpoint was saved with {saved}, which attn_implementation={requested!r} contradicts. "
+                    "Leave attn_implementation out to restore it, or set config.asentmax to the flags that you want"
+                )
+        ASEntmaxConfig.from_preset(requested, flags)  # raises where flags and preset don't go together
         return requested
     if flags is None:
         return requested
     if requested is None:
-        return preset_for_flags(ASEntmaxConfig.from_preset("asentmax", flags))
+        return preset_for_flags(config, ASEntmaxConfig.from_preset("asentmax", flags))
     raise ValueError(
         f"config.asentmax is set ({flags}), but attn_implementation={requested!r} would ignore it and run another "
         "attention. Use attn_implementation='asentmax' (or leave it out), or delete config.asentmax first"

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from ..config import ASEntmaxConfig
-from .names import FILE_IMPLEMENTATION, REMOTE_CLASS, REMOTE_MODULE, flags_of, preset_of
+from .names import FILE_IMPLEMENTATION, PRESET_ENTRY, REMOTE_CLASS, REMOTE_MODULE, flags_of, preset_for_flags, preset_of
 
 __all__ = ["drop_own_class", "is_ours", "write_config_file"]
 
@@ -25,6 +25,7 @@ def _is_own_class(reference: Any) -> bool:
 
 def drop_own_class(config: PreTrainedConfig) -> None:
     """A config that came from one of our checkpoints and is softmax now names a module that isn't saved with it."""
+    vars(config).pop(PRESET_ENTRY, None)
     auto_map = getattr(config, "auto_map", None)
     if isinstance(auto_map, dict) and _is_own_class(auto_map.get("AutoConfig")):
         config.auto_map = {name: reference for name, reference in auto_map.items() if name != "AutoConfig"}
@@ -70,6 +71,7 @@ def _with_flags(config: PreTrainedConfig, entries: dict[str, Any]) -> dict[str, 
     flags = _own_flags(config)
     if flags is not None:
         entries["asentmax"] = flags.to_dict()
+        entries[PRESET_ENTRY] = preset_of(config) or preset_for_flags(config, flags)
     implementation = _file_implementation(config)
     if implementation is not None:
         entries["attn_implementation"] = implementation

@@ -826,3 +826,16 @@ def test_without_the_package_the_import_error_names_it(checkpoint: tuple[Path, P
         assert "pip install hf_asentmax" in result[key]
     for key in ("plain", "direct"):
         assert result[key].startswith("ValueError") and "pip install hf_asentmax" in result[key], result[key]
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags"), [("ssmax", {"alpha": 1.25}), ("entmax", {"scaling": "learned"}), ("asentmax", {"alpha": 1.0})]
+)
+def test_a_preset_with_other_flags_comes_back_under_its_name(preset: str, flags: dict[str, Any], tmp_path: Path):
+    model = tiny_model("llama", preset, flags)
+    model.save_pretrained(tmp_path)
+    for name in ({}, {"attn_implementation": preset}):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **name)
+        assert loaded.config._attn_implementation == preset
+    with pytest.raises(ValueError, match="contradicts"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="topk_softmax")
