@@ -1,0 +1,134 @@
+"""Writes the README's tables from the results files in this folder, between its marks.
+
+python recipes/readme.py             after a recipe's results.json was copied to its folder
+python recipes/readme.py --check     only say whether README.md is up to date
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from recipes.benchmark.attention_report import table as attention_table
+
+RECIPES = Path(__file__).resolve().parent
+README = RECIPES.parent / "README.md"
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def origin(content: dict[str, Any]) -> str:
+    """One sentence that says where numbers come from."""
+    device, versions = content["device"]["name"], content["versions"]
+    seeds = content["seeds"]
+    seeds_text = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
+    return (
+        f"`{content['command']}`, {seeds_text}, on {device}, torch {versions['torch']}, "
+        f"transformers {versions['transformers']}, commit {content['commit'][:10]}."
+    )
+
+
+def quickstart(content: dict[str, Any]) -> str:
+    """The associative recall that `make quickstart` trains."""
+    lengths = list(content["runs"][0]["accuracy"])
+    shortest = int(lengths[0])
+    by_method: dict[str, list[dict[str, float]]] = {}
+    for run in content["runs"]:
+        by_method.setdefault(run["method"], []).append(run["accuracy"])
+    rows = []
+    for method, runs in by_method.items():
+        cells = []
+        for length in lengths:
+            values = [100 * run[length] for run in runs]
+            mean = f"{sum(values) / len(values):.1f}"
+            cells.append(mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})")
+        rows.append([method, *cells])
+    queries = content["streams_per_length"] * content["queries_per_stream"]
+    minutes = sum(run["train_seconds"] for run in content["runs"]) / 60
+    return "\n\n".join(
+        [
+            "![Right answers against length](recipes/quickstart/results.png)",
+            f"Associative recall, trained on at most {shortest} tokens, tested on up to {int(lengths[-1]):,}: right "
+            f"answers in %, over {queries} queries at each length (in brackets the least and the most of the seeds).",
+            markdown_table(["", *(f"{int(n):,} ({int(n) // shortest}x)" for n in lengths)], rows),
+            f"{origin(content)} {minutes:.0f} minutes of training in total.",
+        ]
+    )
+
+
+def pretrain(content: dict[str, Any]) -> str:
+    """Language models on text: perplexity against length."""
+    lengths = list(next(iter(content["results"].values()))["by_length"])
+    shortest = content["train_length"]
+    rows = [
+        [name, *(f"{result['by_length'][length]['perplexity']:.2f}" for length in lengths)]
+        for name, result in content["results"].items()
+    ]
+    tokens = next(iter(content["results"].values()))["tokens"]
+    return "\n\n".join(
+        [
+            "## A language model on real text",
+            f"Perplexity of small models trained on {shortest} tokens, over the same {tokens:,} held-out tokens in "
+            "windows of each length (`recipes/pretrain/`).",
+            markdown_table(["", *(f"{int(n):,} ({int(n) // shortest}x)" for n in lengths)], rows),
+            origin(content),
+        ]
+    )
+
+
+def benchmark(content: dict[str, Any]) -> str:
+    """The attention kernels beside their peers."""
+    return "## Speed\n\n" + attention_table(content).strip()
+
+
+BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "quickstart": ("quickstart/results.json", quickstart),
+    "pretrain": ("pretrain/results.json", pretrain),
+    "benchmark": ("benchmark/attention.json", benchmark),
+}
+
+
+def render(text: str) -> str:
+    """README.md with every block whose results file exists written anew."""
+    for name, (file, write) in BLOCKS.items():
+        path = RECIPES / file
+        if not path.exists():
+            continue
+        block = write(json.loads(path.read_text(encoding="utf-8")))
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no marks {begin} and {end}")
+        text = pattern.sub(lambda _, new=f"{begin}\n{block}\n{end}": new, text)  # type: ignore[misc]
+    return text
+
+
+def main() -> None:
+    """The command line; see the module's description."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if README.md is out of date")
+    check = parser.parse_args().check
+    before = README.read_text(encoding="utf-8")
+    after = render(before)
+    if before == after:
+        print("README.md is up to date")
+    elif check:
+        sys.exit("README.md is out of date; run python recipes/readme.py")
+    else:
+        README.write_text(after, encoding="utf-8")
+        print("README.md was written")
+
+
+if __name__ == "__main__":
+    main()
