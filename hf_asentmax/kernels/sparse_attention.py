@@ -17,7 +17,15 @@ from .sparse_bounds import row_bounds_kernel
 from .sparse_lists import expand_kernel, list_forward_kernel
 from .sparse_scores import block_maxima_kernel, candidates_kernel
 
-__all__ = ["ROW_BLOCK", "SparseLists", "SparseTiles", "sparse_backward", "sparse_forward", "sparse_tiles", "sparse_unsupported_reason"]
+__all__ = [
+    "ROW_BLOCK",
+    "SparseLists",
+    "SparseTiles",
+    "sparse_backward",
+    "sparse_forward",
+    "sparse_tiles",
+    "sparse_unsupported_reason",
+]
 
 # Query rows that fall to the dense regime together.
 ROW_BLOCK = 128
@@ -29,8 +37,7 @@ class SparseLists(NamedTuple):
     """What the backward pass reads, and what the dense regime has to do.
 
     Attributes:
-        indices: (batch * heads, q_len, room), keys listed for each row, up to its count: int16, modulo 2^16, where
-            kv_len allows it, else int32.
+        indices: (batch * heads, q_len, room) int32, keys listed for each row, up to its count.
         counts: (batch * heads, q_len) int32.
         overflow: (batch * heads, ceil(q_len / ROW_BLOCK)) uint8, 1 where a row did not fit: output, tau and gradients
             of these row blocks are the dense regime's.
@@ -42,19 +49,20 @@ class SparseLists(NamedTuple):
 
 
 class SparseTiles(NamedTuple):
-    """Sizes of the tiles and warps a program, for one type and head_dim.
+    """Sizes of the tiles, and warps and registers a program, for one type and head_dim.
 
     Attributes:
         rows: query rows a tile.
         maxima_keys: keys a step of the first pass.
         block: keys a block maximum stands for, and a step of the second pass.
-        maxima_warps, maxima_stages, candidate_warps, candidate_stages: of the two passes.
+        maxima_warps, maxima_stages, maxima_registers: of the first pass; registers a thread, None for no limit.
+        candidate_warps, candidate_stages, candidate_registers: of the second pass.
+        steps: Newton steps on the block maxima; bound_unit: blocks read at a time; bound_warps: warps there.
         words: room for a row's words of 16 keys.
         room: room for a row's keys.
+        expand_rows, expand_warps: rows a program and warps where words become indices.
         list_rows, list_chunk, list_warps: rows a program, keys gathered at a time, and warps, forward on the list.
         grad_rows, grad_chunk, grad_warps: the same, backward.
-        expand_rows, expand_warps: rows a program and warps where words become indices.
-        steps: Newton steps on the block maxima.
     """
 
     rows: int = 128
@@ -62,25 +70,23 @@ class SparseTiles(NamedTuple):
     block: int = 128
     maxima_warps: int = 8
     maxima_stages: int = 3
+    maxima_registers: int | None = None
     candidate_warps: int = 8
     candidate_stages: int = 3
+    candidate_registers: int | None = None
+    steps: int = 3
+    bound_unit: int = 32
+    bound_warps: int = 4
     words: int = 128
     room: int = 128
-    list_rows: int = 2
-    list_chunk: int = 16
+    expand_rows: int = 8
+    expand_warps: int = 1
+    list_rows: int = 4
+    list_chunk: int = 8
     list_warps: int = 1
     grad_rows: int = 1
     grad_chunk: int = 16
     grad_warps: int = 1
-    expand_rows: int = 4
-    expand_warps: int = 1
-    steps: int = 3
-    bound_unit: int = 16
-    bound_warps: int = 4
-    maxima_registers: int | None = None
-    candidate_registers: int | None = None
-    list_registers: int | None = None
-    grad_registers: int | None = None
 
 
 def sparse_tiles(dtype: torch.dtype, head_dim: int) -> SparseTiles:
@@ -97,10 +103,10 @@ def sparse_tiles(dtype: torch.dtype, head_dim: int) -> SparseTiles:
         return SparseTiles(maxima_registers=128, candidate_registers=128)
     if head_dim <= 128:
         return SparseTiles(
-            maxima_stages=2, candidate_stages=2, maxima_registers=128, candidate_registers=128, list_chunk=8,
+            maxima_stages=2, candidate_stages=2, maxima_registers=128, candidate_registers=128, list_rows=2,
             grad_chunk=8,
         )  # fmt: skip
-    return SparseTiles(maxima_stages=2, candidate_stages=2, list_rows=1, list_chunk=8, grad_chunk=4)
+    return SparseTiles(maxima_stages=2, candidate_stages=2, list_rows=1, grad_chunk=4)
 
 
 def sparse_unsupported_reason(problem: Problem) -> str | None:
@@ -141,8 +147,7 @@ def sparse_forward(
     tiles = tiles or sparse_tiles(query.dtype, query.shape[3])
     device = query.device
     groups = problem.groups
-    index_type = torch.int16 if kv_len <= 1 << 16 else torch.int32
-    indices = torch.empty((groups, q_len, tiles.room), dtype=index_type, device=device)
+    indices = torch.empty((groups, q_len, tiles.room), dtype=torch.int32, device=device)
     counts = torch.empty((groups, q_len), dtype=torch.int32, device=device)
     overflow = torch.zeros((groups, triton.cdiv(q_len, ROW_BLOCK)), dtype=torch.uint8, device=device)
 
@@ -175,8 +180,8 @@ def sparse_forward(
             )  # fmt: skip
             row_bounds_kernel[(count,)](
                 q, maxima, tops, spans, largest_key, scoring, bounds, active, active_counts, overflow,
-                **common, blocks=blocks, STEPS=tiles.steps, ROOM=tiles.words, ROW_BLOCK=ROW_BLOCK, UNIT=tiles.bound_unit, **dims,
-                num_warps=tiles.bound_warps,
+                **common, blocks=blocks, STEPS=tiles.steps, ROOM=tiles.words, ROW_BLOCK=ROW_BLOCK,
+                UNIT=tiles.bound_unit, **dims, num_warps=tiles.bound_warps,
             )  # fmt: skip
             candidates_kernel[(count,)](
                 q, k, bounds, active, active_counts, entries, entry_counts, masks, scoring, **common, blocks=blocks,
@@ -185,13 +190,13 @@ def sparse_forward(
             )  # fmt: skip
             expand_kernel[(count * (tiles.rows // tiles.expand_rows),)](
                 entries, entry_counts, indices, counts, overflow, q_len, first,
-                ROOM=tiles.words, LIST_ROOM=tiles.room, ROW_BLOCK=ROW_BLOCK, BM=tiles.rows, R=tiles.expand_rows,
-                num_warps=tiles.expand_warps,
+                ROOM=tiles.words, LIST_ROOM=tiles.room, CHUNK=32, ROW_BLOCK=ROW_BLOCK, BM=tiles.rows,
+                R=tiles.expand_rows, num_warps=tiles.expand_warps,
             )  # fmt: skip
             list_forward_kernel[(count * (tiles.rows // tiles.list_rows),)](
                 q, k, v, out, tau, bounds, indices, counts, scoring, **common,
                 LIST_ROOM=tiles.room, CHUNK=tiles.list_chunk, R=tiles.list_rows, **dims, **value_dims,
-                num_warps=tiles.list_warps, maxnreg=tiles.list_registers,
+                num_warps=tiles.list_warps,
             )  # fmt: skip
     return SparseLists(indices, counts, overflow)
 
@@ -231,7 +236,7 @@ def sparse_backward(
             *(rows_of(tensor) for tensor in (query, problem.key, problem.value, grad, query_grad)),
             keys, values, tau, *lists, units, problem.scoring, problem.scale, **problem.lengths,
             LIST_ROOM=lists.indices.shape[2], CHUNK=tiles.grad_chunk, ROW_BLOCK=ROW_BLOCK, R=tiles.grad_rows,
-            **constants, num_warps=tiles.grad_warps, maxnreg=tiles.grad_registers,
+            **constants, num_warps=tiles.grad_warps,
         )  # fmt: skip
         if units is not None:
             for which, (sums, result) in enumerate(((keys, key_sums), (values, value_sums))):

@@ -34,6 +34,21 @@ def _add_to_keys(sums, kv_group, kv_len, keys, listed, terms, unit, D: tl.conste
 
 
 @triton.jit
+def _chunk_terms(
+    q, grad, tau, lists, number, count, exists, position, slope, key_pointer, key_row, value_pointer, value_row,
+    scoring,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """(keys, k, p, s, dp) of a chunk of the rows' lists."""
+    keys, inside = listed_keys(lists, number, count, exists)
+    k = gather_rows(key_pointer, key_row, keys, inside, D, HEAD_DIM)
+    v = gather_rows(value_pointer, value_row, keys, inside, DV, VALUE_DIM)
+    score = list_scores(q, k, keys, inside, position, slope, scoring)
+    p, s = support_powers(tl.maximum(score - tau[:, None], 0.0), scoring.exponent)
+    return keys, k, p, s, tl.sum(grad[:, None, :] * v, 2)
+
+
+@triton.jit
 def list_backward_kernel(
     query, key, value, grad_output, grad_query, key_sums, value_sums, tau_in, indices, counts, overflow, units,
     scoring, scale, heads, kv_heads, q_len, kv_len,
@@ -54,17 +69,17 @@ def list_backward_kernel(
     parts = tl.cdiv(q_len, R)
     group = tl.program_id(0) // parts
     first_row = (tl.program_id(0) % parts) * R
-    row_blocks = tl.cdiv(q_len, ROW_BLOCK)
-    if tl.load(overflow + group.to(tl.int64) * row_blocks + first_row // ROW_BLOCK) != 0:
-        return
     batch = (group // heads).to(tl.int64)
     head = group % heads
     kv_head = (head // (heads // kv_heads)).to(tl.int64)
     kv_group = batch * kv_heads + kv_head
     rows = first_row + tl.arange(0, R)
+    # nothing here waits for the flag: the loads below go out together
+    row_blocks = tl.cdiv(q_len, ROW_BLOCK)
+    flagged = tl.load(overflow + group.to(tl.int64) * row_blocks + first_row // ROW_BLOCK) != 0
     exists = rows < q_len
     row_number = group.to(tl.int64) * q_len + rows
-    count = tl.load(counts + row_number, mask=exists, other=0)
+    count = tl.where(flagged, 0, tl.load(counts + row_number, mask=exists, other=0))
     tau = tl.load(tau_in + row_number, mask=exists, other=float("inf"))
     longest = tl.max(count, 0)
     dim = tl.arange(0, D)
@@ -93,49 +108,38 @@ def list_backward_kernel(
         key_unit = tl.load(units)
         value_unit = tl.load(units + 1)
 
-    # sum(s dp) / sum(s) is known after the last key: s and dp of all keys are kept, and dq is summed in two parts
-    chunks: tl.constexpr = LIST_ROOM // CHUNK
-    part = tl.arange(0, chunks)[None, :, None]
-    slopes_of_keys = tl.zeros([R, chunks, CHUNK], tl.float32)
-    products_of_keys = tl.zeros([R, chunks, CHUNK], tl.float32)
     sum_s = tl.zeros([R], tl.float32)
     sum_s_dp = tl.zeros([R], tl.float32)
-    sum_s_k = tl.zeros([R, D], tl.float32)
-    sum_s_dp_k = tl.zeros([R, D], tl.float32)
-    for chunk in range(0, tl.cdiv(longest, CHUNK)):
-        number = chunk * CHUNK + in_chunk
-        inside = number < count[:, None]
-        keys = listed_keys(lists + number, inside)
-        k = gather_rows(key_pointer, key.row, keys, inside, D, HEAD_DIM)
-        v = gather_rows(value_pointer, value.row, keys, inside, DV, VALUE_DIM)
-        score = list_scores(q, k, keys, inside, position, slope, scoring)
-        p, s = support_powers(tl.maximum(score - tau[:, None], 0.0), scoring.exponent)
-        dp = tl.sum(grad[:, None, :] * v, 2)
-        terms = p[:, :, None] * grad[:, None, :]
-        _add_to_keys(value_sums, kv_group, kv_len, keys, s > 0, terms, value_unit, DV, VALUE_DIM)
-        s_dp = s * dp
-        sum_s += tl.sum(s, 1)
-        sum_s_dp += tl.sum(s_dp, 1)
-        sum_s_k += tl.sum(s[:, :, None] * k, 1)
-        sum_s_dp_k += tl.sum(s_dp[:, :, None] * k, 1)
-        slopes_of_keys = tl.where(part == chunk, s[:, None, :], slopes_of_keys)
-        products_of_keys = tl.where(part == chunk, dp[:, None, :], products_of_keys)
+    if longest > CHUNK:
+        for chunk in range(0, tl.cdiv(longest, CHUNK)):
+            _, _, _, s, dp = _chunk_terms(
+                q, grad, tau, lists, chunk * CHUNK + in_chunk, count, exists, position, slope, key_pointer, key.row,
+                value_pointer, value.row, scoring, D, HEAD_DIM, DV, VALUE_DIM,
+            )  # fmt: skip
+            sum_s += tl.sum(s, 1)
+            sum_s_dp += tl.sum(s * dp, 1)
 
-    mean = sum_s_dp / tl.where(sum_s > 0, sum_s, 1.0)
-    grad_q = (sum_s_dp_k - mean[:, None] * sum_s_k) * scale
-    dz_of_keys = slopes_of_keys * (products_of_keys - mean[:, None, None]) * scale
+    grad_q = tl.zeros([R, D], tl.float32)
     for chunk in range(0, tl.cdiv(longest, CHUNK)):
-        number = chunk * CHUNK + in_chunk
-        inside = number < count[:, None]
-        keys = listed_keys(lists + number, inside)
-        dz = tl.sum(tl.where(part == chunk, dz_of_keys, 0.0), 1)
-        terms = dz[:, :, None] * q[:, None, :]
-        _add_to_keys(key_sums, kv_group, kv_len, keys, inside & (dz != 0), terms, key_unit, D, HEAD_DIM)
+        keys, k, p, s, dp = _chunk_terms(
+            q, grad, tau, lists, chunk * CHUNK + in_chunk, count, exists, position, slope, key_pointer, key.row,
+            value_pointer, value.row, scoring, D, HEAD_DIM, DV, VALUE_DIM,
+        )  # fmt: skip
+        if longest <= CHUNK:
+            sum_s = tl.sum(s, 1)
+            sum_s_dp = tl.sum(s * dp, 1)
+        mean = sum_s_dp / tl.where(sum_s > 0, sum_s, 1.0)
+        dz = s * (dp - mean[:, None]) * scale
+        grad_q += tl.sum(dz[:, :, None] * k, 1)
+        listed = s > 0
+        _add_to_keys(key_sums, kv_group, kv_len, keys, listed, dz[:, :, None] * q[:, None, :], key_unit, D, HEAD_DIM)
+        terms = p[:, :, None] * grad[:, None, :]
+        _add_to_keys(value_sums, kv_group, kv_len, keys, listed, terms, value_unit, DV, VALUE_DIM)
 
     dq_pointer = grad_query.pointer + batch * grad_query.batch + head.to(tl.int64) * grad_query.head
     tl.store(
         dq_pointer + long_rows * grad_query.row + dim[None, :], grad_q.to(grad_query.pointer.dtype.element_ty),
-        mask=q_mask,
+        mask=q_mask & (flagged == 0),
     )  # fmt: skip
 
 

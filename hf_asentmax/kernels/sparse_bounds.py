@@ -29,13 +29,18 @@ def _widened(maxima, sign: tl.constexpr):
 
 @triton.jit
 def _list_active(active, maxima, bound, first, last, total, crowd, index, UNIT: tl.constexpr, BM: tl.constexpr):
-    """Lists the blocks of [first, last) with a row's maximum above its bound; (total, blocks counted for each row)."""
+    """Lists the blocks of [first, last) with a row's maximum above its bound.
+
+    Returns:
+        (total, crowd): how many blocks are listed so far; (UNIT, BM), whose sum counts the blocks above each row's
+        bound.
+    """
     for chunk in range(first, last, UNIT):
         block = chunk + tl.arange(0, UNIT)
         inside = (block < last)[:, None]
         largest = tl.load(maxima + block[:, None] * BM + index[None, :], mask=inside, other=float("-inf"))
         above = (_widened(largest, 1.0) > bound[None, :]).to(tl.int32)
-        crowd += tl.sum(above, 0)
+        crowd += above
         ones = tl.max(above, 1)
         place = total + tl.cumsum(ones, 0) - ones
         tl.store(active + place, block, mask=ones != 0)
@@ -109,12 +114,12 @@ def row_bounds_kernel(
     tl.store(bounds + slot * BM + index, bound)
 
     active += slot * blocks
-    crowd = tl.zeros([BM], tl.int32)
+    crowd = tl.zeros([UNIT, BM], tl.int32)
     masked = 0
     masked, crowd = _list_active(active, maxima, bound, low, full_low, masked, crowd, index, UNIT, BM)
     masked, crowd = _list_active(active, maxima, bound, full_high, high, masked, crowd, index, UNIT, BM)
     total_listed, crowd = _list_active(active, maxima, bound, full_low, full_high, masked, crowd, index, UNIT, BM)
-    if tl.max(crowd, 0) > ROOM:
+    if tl.max(tl.sum(crowd, 0), 0) > ROOM:
         row_blocks = tl.cdiv(q_len, ROW_BLOCK)
         tl.store(overflow + group.to(tl.int64) * row_blocks + first_row // ROW_BLOCK, 1)
         masked = 0

@@ -30,14 +30,14 @@ def _count_bits(word):
 @triton.jit(do_not_specialize=["first_tile"])
 def expand_kernel(
     entries, entry_counts, indices, counts, overflow, q_len, first_tile,
-    ROOM: tl.constexpr, LIST_ROOM: tl.constexpr, ROW_BLOCK: tl.constexpr, BM: tl.constexpr, R: tl.constexpr,
+    ROOM: tl.constexpr, LIST_ROOM: tl.constexpr, CHUNK: tl.constexpr, ROW_BLOCK: tl.constexpr, BM: tl.constexpr,
+    R: tl.constexpr,
 ):  # fmt: skip
     """R rows of a tile: their words (see sparse_scores) become key indices.
 
     Args:
         entries, entry_counts: (tiles, BM, ROOM) and (tiles, BM) int32, from `candidates_kernel`.
-        indices: (batch * heads, q_len, LIST_ROOM) int32 or int16 (key indices modulo 2^16), written up to the row's
-            count.
+        indices: (batch * heads, q_len, LIST_ROOM) int32, written up to the row's count.
         counts: (batch * heads, q_len) int32; 0 for rows that do not fit.
         overflow: (batch * heads, ceil(q_len / ROW_BLOCK)) uint8, set to 1 where a row does not fit.
     """
@@ -51,35 +51,38 @@ def expand_kernel(
     exists = rows < q_len
     source = slot.to(tl.int64) * BM + in_tile
     written = tl.load(entry_counts + source, mask=exists, other=0)
-    number = tl.arange(0, ROOM)
-    inside = number[None, :] < written[:, None]
-    entry = tl.load(entries + source[:, None] * ROOM + number[None, :], mask=inside, other=0)
-    word = entry & 0xFFFF
-    first_key = ((entry >> 18) & 0x3FFF) * 64 + ((entry >> 16) & 3) * 2
-    ones = _count_bits(word)
-    place = tl.cumsum(ones, 1) - ones
-    total = tl.sum(ones, 1)
+    target = indices + (group * q_len + rows)[:, None] * LIST_ROOM
+    total = tl.zeros([R], tl.int32)
+    for first in range(0, tl.minimum(tl.max(written, 0), ROOM), CHUNK):
+        number = first + tl.arange(0, CHUNK)
+        inside = number[None, :] < written[:, None]
+        entry = tl.load(entries + source[:, None] * ROOM + number[None, :], mask=inside, other=0)
+        word = entry & 0xFFFF
+        first_key = ((entry >> 18) & 0x3FFF) * 64 + ((entry >> 16) & 3) * 2
+        ones = _count_bits(word)
+        place = total[:, None] + tl.cumsum(ones, 1) - ones
+        total += tl.sum(ones, 1)
+        for step in range(0, tl.max(tl.max(ones, 1), 0)):
+            lowest = word & (-word)
+            bit = _count_bits(lowest - 1)
+            key = first_key + (bit >> 1) * 8 + (bit & 1)
+            tl.store(target + place + step, key, mask=(word != 0) & (place + step < LIST_ROOM))
+            word = word ^ lowest
     fits = (written <= ROOM) & (total <= LIST_ROOM)
-    target = indices + (group * q_len + rows)[:, None] * LIST_ROOM + place
-    narrow: tl.constexpr = indices.dtype.element_ty
-    for step in range(0, tl.max(tl.max(ones, 1), 0)):
-        lowest = word & (-word)
-        bit = _count_bits(lowest - 1)
-        key = first_key + (bit >> 1) * 8 + (bit & 1)
-        tl.store(target + step, key.to(narrow), mask=(word != 0) & (place + step < LIST_ROOM))
-        word = word ^ lowest
     tl.store(counts + group * q_len + rows, tl.where(fits, total, 0), mask=exists)
     row_blocks = tl.cdiv(q_len, ROW_BLOCK)
     tl.store(overflow + group * row_blocks + rows // ROW_BLOCK, tl.full([R], 1, tl.uint8), mask=exists & (fits == 0))
 
 
 @triton.jit
-def listed_keys(pointers, inside):
-    """int32 key indices; int16 ones are meant modulo 2^16."""
-    keys = tl.load(pointers, mask=inside, other=0).to(tl.int32)
-    if pointers.dtype.element_ty == tl.int16:
-        keys = keys & 0xFFFF
-    return keys
+def listed_keys(lists, number, count, exists):
+    """(keys, inside) of the lists' places `number`: key indices (rows, keys), 0 beyond a row's count.
+
+    The load does not wait for the count.
+    """
+    keys = tl.load(lists + number, mask=exists[:, None], other=0)
+    inside = number < count[:, None]
+    return tl.where(inside, keys, 0), inside
 
 
 @triton.jit
@@ -114,7 +117,7 @@ def list_forward_kernel(
         query, key, value, output: Rows.
         tau_out: (batch * heads, q_len) float32.
         bounds: (tiles, BM) float32, where Newton's method starts.
-        indices, counts: the lists, (batch * heads, q_len, LIST_ROOM) and (batch * heads, q_len).
+        indices, counts: the lists, (batch * heads, q_len, LIST_ROOM) and (batch * heads, q_len) int32.
     """
     parts: tl.constexpr = BM // R
     slot = tl.program_id(0) // parts
@@ -149,8 +152,7 @@ def list_forward_kernel(
     scores = tl.full([R, chunks, CHUNK], float("-inf"), tl.float32)
     for chunk in range(0, tl.cdiv(longest, CHUNK)):
         number = chunk * CHUNK + in_chunk
-        inside = number < count[:, None]
-        keys = listed_keys(lists + number, inside)
+        keys, inside = listed_keys(lists, number, count, exists)
         k = gather_rows(key_pointer, key.row, keys, inside, D, HEAD_DIM)
         score = list_scores(q, k, keys, inside, position, slope, scoring)
         scores = tl.where(part == chunk, score[:, None, :], scores)
@@ -181,8 +183,7 @@ def list_forward_kernel(
     out = tl.zeros([R, DV], tl.float32)
     for chunk in range(0, tl.cdiv(longest, CHUNK)):
         number = chunk * CHUNK + in_chunk
-        inside = number < count[:, None]
-        keys = listed_keys(lists + number, inside)
+        keys, inside = listed_keys(lists, number, count, exists)
         v = gather_rows(value_pointer, value.row, keys, inside, DV, VALUE_DIM)
         weight = tl.sum(tl.where(part == chunk, p, 0.0), 1)
         out += tl.sum(weight[:, :, None] * v, 1)

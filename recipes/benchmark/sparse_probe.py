@@ -5,7 +5,7 @@
 
 Run from the repository's root on a machine with a GPU. A case is N:head_dim:kind, kind one of random, sharp, topical,
 nape, uniform; batch 1, 16 heads, causal, bfloat16. `--sweep` tries tile sizes instead of the defaults, each variant in
-TILES, and prints each kernel's time.
+SWEEP, and prints each kernel's time.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ HEADS = 16
 NO_RANGES = RowRanges(None, None, None, None, None)
 
 # Variants of the passes over the scores and of those on the list. Each is timed kernel by kernel.
-SWEEP: list[dict[str, int | None]] = [
+SWEEP: list[dict[str, Any]] = [
     {},
-    {"maxima_registers": None, "bound_unit": 32},
+    {"maxima_registers": None, "bound_unit": 16},
     {"maxima_warps": 4, "maxima_registers": 168, "candidate_warps": 4, "candidate_registers": 168},
     {"maxima_warps": 4, "maxima_keys": 64, "block": 64, "candidate_warps": 4},
     {"rows": 64, "maxima_warps": 4, "candidate_warps": 4, "bound_warps": 8},
-    {"grad_chunk": 8, "list_rows": 4, "list_chunk": 8, "bound_unit": 32, "bound_warps": 8},
-    {"grad_registers": 96, "candidate_registers": 80, "list_rows": 4},
+    {"grad_chunk": 8, "list_rows": 2, "list_chunk": 16},
+    {"grad_chunk": 32, "list_rows": 1, "list_chunk": 16, "expand_rows": 4},
 ]
 
 
@@ -157,12 +157,9 @@ def gradient_errors(kind: str, length: int, head_dim: int) -> list[float]:
     exact = [tensor.double().requires_grad_() for tensor in (case.query, case.key, case.value)]
     slopes = None if case.problem.slopes is None else case.problem.slopes.double()
     output = entmax_attention(*exact, alibi_slopes=slopes, backend="eager")
-    output.backward(case.grad.double())
-    pairs = [(case.output, output)] + [
-        (ours, theirs.grad)
-        for ours, theirs in zip((case.query_grad, case.key_grad, case.value_grad), exact, strict=True)
-    ]
-    return [((ours.double() - theirs).norm() / theirs.norm()).item() for ours, theirs in pairs]
+    ours = (case.output, case.query_grad, case.key_grad, case.value_grad)
+    theirs = (output, *torch.autograd.grad(output, exact, case.grad.double()))
+    return [((mine.double() - right).norm() / right.norm()).item() for mine, right in zip(ours, theirs, strict=True)]
 
 
 def softmax_times(case: Case, backend: SDPBackend) -> tuple[float, float]:
@@ -170,7 +167,7 @@ def softmax_times(case: Case, backend: SDPBackend) -> tuple[float, float]:
     tensors = [tensor.detach().clone().requires_grad_() for tensor in (case.query, case.key, case.value)]
 
     def forward() -> torch.Tensor:
-        return F.scaled_dot_product_attention(*tensors, is_causal=True)
+        return F.scaled_dot_product_attention(tensors[0], tensors[1], tensors[2], is_causal=True)
 
     with sdpa_kernel(backend):
         return median_time(forward), median_time(lambda: torch.autograd.grad(forward(), tensors, case.grad))
@@ -203,7 +200,7 @@ def measure(spec: str) -> dict[str, Any]:
     return result
 
 
-def compile_variant(arguments: tuple[dict[str, int | None], str]) -> None:
+def compile_variant(arguments: tuple[dict[str, Any], str]) -> None:
     """Fills Triton's cache: variants compile in processes side by side."""
     variant, spec = arguments
     _, head_dim, kind = spec.split(":")
@@ -228,13 +225,17 @@ def main() -> None:
     for spec in options.check:
         length, head_dim, kind = spec.split(":")
         errors = gradient_errors(kind, int(length), int(head_dim))
-        print("check", spec, ["%.1e" % error for error in errors], flush=True)
+        print("check", spec, [f"{error:.1e}" for error in errors], flush=True)
     for spec in options.cases:
         if options.sweep:
             length, head_dim, kind = spec.split(":")
             for variant in variants:
                 tiles = sparse_tiles(torch.bfloat16, int(head_dim))._replace(**variant)
-                result = {"case": spec, "variant": variant, "kernels": kernel_times(Case(kind, int(length), int(head_dim), tiles).both, 3)}
+                result = {
+                    "case": spec,
+                    "variant": variant,
+                    "kernels": kernel_times(Case(kind, int(length), int(head_dim), tiles).both, 3),
+                }
                 results["cases"].append(result)
                 print(json.dumps(result), flush=True)
         else:
