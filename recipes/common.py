@@ -61,11 +61,11 @@ def _git(*arguments: str) -> str | None:
         run = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return run.stdout.strip()
+    return run.stdout.rstrip()
 
 
 def results_header(device: torch.device, seeds: Sequence[int]) -> dict[str, Any]:
-    """What a reader needs to get the same numbers: command, seeds, device, versions, commit.
+    """What a reader needs to get the same numbers: command, seeds, device, versions, commit. Call it at the start.
 
     `uncommitted` lists changed files of the library and the recipes; empty means that the commit is what ran.
     """
@@ -125,9 +125,7 @@ def length_axes(train_length: int, lengths: Sequence[int]) -> tuple[Figure, Axes
     left, right = lengths[0] / 2**0.35, lengths[-1] * 2**0.35
     axes.set_xlim(left, right)
     axes.axvspan(left, train_length, color="#000000", alpha=0.05, linewidth=0)
-    axes.text(
-        left * 1.04, 0.985, "trained", transform=axes.get_xaxis_transform(), va="top", fontsize=8, color="#666666"
-    )
+    axes.text(left * 1.03, 1.01, "trained", transform=axes.get_xaxis_transform(), fontsize=8, color="#666666")
     axes.set_xlabel("length in tokens (times the training length)")
     axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
     axes.set_axisbelow(True)

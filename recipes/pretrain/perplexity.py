@@ -122,7 +122,7 @@ def plot(results: dict[str, dict[str, Any]], train_length: int, path: Path) -> N
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("perplexity (lower is better)")
-    axes.set_title(f"Held-out text, trained on {train_length} tokens", loc="left", fontsize=11)
+    axes.set_title(f"Held-out text, trained on {train_length} tokens", loc="left", fontsize=11, pad=14)
     common.save_figure(figure, path)
 
 

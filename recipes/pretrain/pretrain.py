@@ -232,6 +232,7 @@ def main(command: list[str] | None = None) -> list[float]:
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed),
     )
     set_seed(arguments.seed)
+    header = common.results_header(accelerator.device, [arguments.seed])
     with accelerator.main_process_first():
         tokenizer, blocks, held_out = load_text(arguments)
     model = build_model(arguments, len(tokenizer), tokenizer.eos_token_id)
@@ -252,8 +253,8 @@ def main(command: list[str] | None = None) -> list[float]:
         return losses
     model.save_pretrained(arguments.out)
     settings = {key: value for key, value in vars(arguments).items() if key not in ("out", "resume", "text")}
-    record = {
-        **common.results_header(accelerator.device, [arguments.seed]),
+    record: dict[str, Any] = {
+        **header,
         "method": name,
         "parameters": model.num_parameters(),
         "text": [path.name for path in arguments.text or []],
