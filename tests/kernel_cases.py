@@ -161,14 +161,14 @@ def _gpu_cases() -> list[Case]:
     for kind in ("random", "sharp", "near-uniform", "equal", "one", "topical"):
         cases.append(Case(f"long-{kind}", q_len=3001, head_dim=64, kind=kind, dtype=_BF16))
     cases += [
-        Case("long-f16-near-uniform", q_len=4100, head_dim=64, kind="near-uniform", dtype=_F16),
+        Case("long-f16-near-uniform", q_len=6200, head_dim=64, kind="near-uniform", dtype=_F16),
         Case("long-exact", q_len=2100, head_dim=64),
         Case("long-alpha-1.3", q_len=2100, head_dim=64, alpha=1.3, dtype=_BF16),
         Case("long-alpha-2", q_len=2100, head_dim=64, alpha=2.0, dtype=_BF16),
-        Case("long-alibi", q_len=4500, heads=4, head_dim=64, alibi=True, dtype=_BF16),
+        Case("long-alibi", q_len=6500, heads=4, head_dim=64, alibi=True, dtype=_BF16),
         Case("long-alibi-full", q_len=2500, heads=4, head_dim=64, alibi=True, causal=False, dtype=_BF16),
-        Case("long-window", q_len=4500, head_dim=64, dtype=_BF16, more={"sliding_window": 257}),
-        Case("long-packed", q_len=4500, head_dim=64, dtype=_BF16, packed=(0, 3, 1000, 1001, 4000, 4500)),
+        Case("long-window", q_len=6500, head_dim=64, dtype=_BF16, more={"sliding_window": 257}),
+        Case("long-packed", q_len=6500, head_dim=64, dtype=_BF16, packed=(0, 3, 1000, 1001, 4000, 6500)),
         Case("long-left", q_len=2500, batch=3, head_dim=64, dtype=_BF16, mask="left"),
         Case("long-holes", q_len=2500, batch=2, head_dim=64, dtype=_BF16, mask="holes"),
         Case("long-free", q_len=1500, batch=2, head_dim=64, dtype=_BF16, mask="free_heads", causal=False),

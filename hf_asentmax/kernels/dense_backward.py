@@ -44,6 +44,16 @@ def _list_blocks(blocks, live, stride, total, kind: tl.constexpr):
 
 
 @triton.jit
+def _any_active(active, total):
+    """Is one of the flags [0, total) set?"""
+    found = 0
+    for chunk in range(0, total, _CHUNK):
+        index = chunk + tl.arange(0, _CHUNK)
+        found = tl.maximum(found, tl.max(tl.load(active + index, mask=index < total, other=0).to(tl.int32), 0))
+    return found > 0
+
+
+@triton.jit
 def _query_gradient_pass(
     acc, blocks, first, last, q, do, tau, rho,
     key, value, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
@@ -153,9 +163,7 @@ def _key_gradient_pass(
         rho = tl.load(rho_in + group.to(tl.int64) * q_len + rows, mask=rows < q_len, other=0.0)
         product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         position = (rows + (kv_len - q_len - base)).to(tl.float32)
-        score = products_to_scores(
-            product, scoring, slope, position[None, :], (keys - base).to(tl.float32)[:, None]
-        )
+        score = products_to_scores(product, scoring, slope, position[None, :], (keys - base).to(tl.float32)[:, None])
         excess = tl.maximum(score - tau[None, :], 0.0)
         if MASKED:
             start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
@@ -176,16 +184,16 @@ def _key_gradient_pass(
 @triton.jit
 def key_gradient_kernel(
     query, key, value, grad, tau_in, rho_in, key_grad, value_grad, partial_key_grad, partial_value_grad,
-    block_map, block_lists,
+    block_map, block_lists, active,
     masks, scoring, scale, heads, kv_heads, q_len, kv_len,
-    BM: tl.constexpr, BN: tl.constexpr, KB: tl.constexpr, MAP_ROWS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, KB: tl.constexpr, MAP_ROWS: tl.constexpr, ACTIVE_ROWS: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
     PRECISION: tl.constexpr, P_SCALE: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BN keys of one key head, over all query heads that share it.
 
     partial_key_grad and partial_value_grad are Rows of float32 sums from other row blocks, added here, or None.
-    block_lists is int16 workspace, (programs, row blocks).
+    block_lists is int16 workspace, (programs, row blocks). Where active is 0, the block map is empty.
     """
     programs = tl.cdiv(kv_len, BN)
     key_blocks = tl.cdiv(kv_len, KB)
@@ -205,9 +213,14 @@ def key_gradient_kernel(
         head = kv_head * (heads // kv_heads) + member
         group = batch * heads + head
         live = block_map + group.to(tl.int64) * row_blocks * key_blocks + first_key // KB
+        listed = row_blocks
+        if active is not None:
+            active_blocks = tl.cdiv(q_len, ACTIVE_ROWS)
+            some = _any_active(active + group.to(tl.int64) * active_blocks, active_blocks)
+            listed = tl.where(some, row_blocks, 0)
         tl.debug_barrier()
-        masked = _list_blocks(blocks, live, key_blocks, row_blocks, _MASKED)
-        total = masked + _list_blocks(blocks + masked, live, key_blocks, row_blocks, _FULL)
+        masked = _list_blocks(blocks, live, key_blocks, listed, _MASKED)
+        total = masked + _list_blocks(blocks + masked, live, key_blocks, listed, _FULL)
         tl.debug_barrier()
         slope = 0.0
         if scoring.slopes is not None:

@@ -65,9 +65,7 @@ def _tile_scores(
     k = load_rows(key, batch, kv_head, first, BN, kv_len, MASKED, D, HEAD_DIM)
     keys = first + tl.arange(0, BN)
     product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    score = products_to_scores(
-        product, scoring, slope, row_position[:, None], (keys - base).to(tl.float32)[None, :]
-    )
+    score = products_to_scores(product, scoring, slope, row_position[:, None], (keys - base).to(tl.float32)[None, :])
     if MASKED:
         seen = visible_pairs(
             masks, batch, head, rows[:, None], keys[None, :], start[:, None], stop[:, None], q_len, kv_len

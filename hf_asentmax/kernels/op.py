@@ -72,7 +72,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(query, key, value, slopes, start, stop, key_valid, has_holes, dense_mask, alpha, scale, *options):  # type: ignore[no-untyped-def]
+def _(query, key, value, slopes, start, stop, key_valid, has_holes, dense_mask, alpha, scale, *options):
     from .regimes import new_state
 
     ranges = RowRanges(start, stop, key_valid, has_holes, dense_mask)
@@ -114,7 +114,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(grad, query, key, value, *rest):  # type: ignore[no-untyped-def]
+def _(grad, query, key, value, *rest):
     return tuple(torch.empty_like(_unit_stride(tensor)) for tensor in (query, key, value))
 
 

@@ -95,7 +95,7 @@ class Problem:
     @cached_property
     def masks(self) -> Masks:
         start, stop, key_valid, has_holes, dense = self.ranges
-        strides = (0, 0, 0, 0)
+        strides: tuple[int, ...] = (0, 0, 0, 0)
         if dense is not None:
             strides = tuple(0 if size == 1 else step for size, step in zip(dense.shape, dense.stride(), strict=True))
         return Masks(

@@ -17,8 +17,9 @@ from .sparse_attention import SparseLists, sparse_backward, sparse_forward, spar
 
 __all__ = ["SPARSE_FROM", "State", "backward", "forward", "new_state"]
 
-# Keys from which the sparse regime is tried first: below, its fixed cost a row exceeds what it saves.
-SPARSE_FROM = 4096
+# Keys from which the sparse regime is tried first. Its lists cost the same for a row whatever the length; on an H100 they
+# cost as much as they save at about so many keys (recipes/benchmark/NOTES.md).
+SPARSE_FROM = 6144
 
 
 class State(NamedTuple):

@@ -62,9 +62,7 @@ def _short_rows(
         tl.dot(q, tl.trans(k), input_precision=PRECISION), scoring, slope, row_position[:, None],
         (keys - base).to(tl.float32)[None, :],
     )  # fmt: skip
-    seen = visible_pairs(
-        masks, batch, head, rows[:, None], keys[None, :], start[:, None], stop[:, None], q_len, kv_len
-    )
+    seen = visible_pairs(masks, batch, head, rows[:, None], keys[None, :], start[:, None], stop[:, None], q_len, kv_len)
     score = tl.where(seen, score, float("-inf"))
     tau = _solve(score, scoring.exponent)
     p, s = support_powers(tl.maximum(score - tau[:, None], 0.0), scoring.exponent)
@@ -202,9 +200,7 @@ def short_backward_kernel(
         if scoring.softcap is not None:
             dz *= score_derivative(product, scoring)
         dz = dz.to(k.dtype)
-        store_rows(
-            query_grad, batch, head, zero, tl.dot(dz, k, input_precision=PRECISION) * scale, q_len, D, HEAD_DIM
-        )
+        store_rows(query_grad, batch, head, zero, tl.dot(dz, k, input_precision=PRECISION) * scale, q_len, D, HEAD_DIM)
         acc_k = tl.dot(tl.trans(dz), q, acc_k, input_precision=PRECISION)
     store_rows(key_grad, batch, kv_head, zero, acc_k * scale, kv_len, D, HEAD_DIM)
     store_rows(value_grad, batch, kv_head, zero, acc_v * (1.0 / P_SCALE), kv_len, DV, VALUE_DIM)

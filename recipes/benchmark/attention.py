@@ -13,6 +13,7 @@ captured (tensors saved by `torch.save((query, key, value), path)`, given with -
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import statistics
 import sys
@@ -101,8 +102,8 @@ def methods(kind: str, length: int, wanted: list[str]) -> Iterator[tuple[str, At
     else:
         if kind != "nape":
             all_methods["adasplash v2"] = lambda: lambda q, k, v: adasplash.adasplash_v2(q, k, v)
-            all_methods["adasplash v1"] = lambda: lambda q, k, v: adasplash.adasplash_v1(
-                q, k, v, alpha=1.5, is_causal=True
+            all_methods["adasplash v1"] = lambda: (
+                lambda q, k, v: adasplash.adasplash_v1(q, k, v, alpha=1.5, is_causal=True)
             )
     for name, make in all_methods.items():
         if name in wanted:
@@ -124,20 +125,17 @@ def median_ms(run: Callable[[], Any], budget_ms: float = 150.0) -> float:
         run()
         mark.record()
     torch.cuda.synchronize()
-    return statistics.median(begin.elapsed_time(end) for begin, end in zip(marks, marks[1:], strict=False))
+    return statistics.median(begin.elapsed_time(end) for begin, end in itertools.pairwise(marks))
 
 
 @torch.no_grad()
-def sampled_rows(inputs: list[torch.Tensor], slopes: torch.Tensor | None, rows: int = 64) -> dict[str, Any]:
-    """Support, tile density (64 x 64) and the float64 output of evenly spaced rows of the first head."""
+def sampled_rows(inputs: list[torch.Tensor], rows: int = 64) -> dict[str, Any]:
+    """Without ALiBi: support, tile density (64 x 64) and the float64 output of evenly spaced rows of the first head."""
     query, key, value = (tensor[:1, :1].double() for tensor in inputs[:3])
     length = query.shape[2]
     chosen = torch.linspace(0, length - 1, rows, device="cuda").long()
     mask = (torch.arange(length, device="cuda")[None] <= chosen[:, None])[None, None]
-    eye_free = {"is_causal": False, "attention_mask": mask, "backend": "eager"}
-    if slopes is not None:
-        raise ValueError("sampled rows are for heads without ALiBi")
-    output = entmax_attention(query[:, :, chosen], key, value, **eye_free)
+    output = entmax_attention(query[:, :, chosen], key, value, is_causal=False, attention_mask=mask, backend="eager")
     support = 0.0
     tiles = []
     for start in range(0, length, max(64, length // 8 // 64 * 64)):
@@ -223,7 +221,7 @@ def main() -> None:
         if time.perf_counter() - started > arguments.seconds:
             print("out of time")
             break
-        truth = None if kind == "nape" else sampled_rows(inputs, None)
+        truth = None if kind == "nape" else sampled_rows(inputs)
         case = {"kind": kind, "length": length, "head_dim": head_dim, "batch": inputs[0].shape[0], "heads": HEADS}
         if truth is not None:
             case |= {"support": truth["support"], "density": truth["density"]}

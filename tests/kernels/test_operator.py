@@ -6,12 +6,17 @@ import pytest
 import torch
 
 from hf_asentmax import entmax_attention, kernels
+
 from kernel_cases import Case, options, tensors
 from reference import assert_close
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-REGIMES = [Case("single", q_len=40), Case("short", q_len=150, head_dim=16, dtype=torch.float16), Case("dense", q_len=140, heads=1)]
+REGIMES = [
+    Case("single", q_len=40),
+    Case("short", q_len=150, head_dim=16, dtype=torch.float16),
+    Case("dense", q_len=140, heads=1),
+]
 
 
 def attend(case: Case, device: str, **more: object) -> list[torch.Tensor]:

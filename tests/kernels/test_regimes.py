@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hf_asentmax import entmax_attention
+
 from kernel_cases import TOLERANCES, Case, options, tensors
 from reference import assert_close
 
@@ -58,11 +59,11 @@ def test_both_regimes_in_one_call(device: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "case",
     [
-        Case("mixed-causal", q_len=6000, head_dim=64, dtype=torch.bfloat16),
-        Case("mixed-alibi", q_len=6000, head_dim=64, dtype=torch.bfloat16, alibi=True, batch=2, mask="left"),
-        Case("mixed-grouped", q_len=4500, heads=4, kv_heads=2, head_dim=128, dtype=torch.float16),
-        Case("mixed-packed", q_len=5000, head_dim=80, dtype=torch.bfloat16, packed=(0, 100, 3100, 5000)),
-        Case("mixed-exact", q_len=4200, head_dim=32),
+        Case("mixed-causal", q_len=7000, head_dim=64, dtype=torch.bfloat16),
+        Case("mixed-alibi", q_len=7000, head_dim=64, dtype=torch.bfloat16, alibi=True, batch=2, mask="left"),
+        Case("mixed-grouped", q_len=6200, heads=4, kv_heads=2, head_dim=128, dtype=torch.float16),
+        Case("mixed-packed", q_len=6500, head_dim=80, dtype=torch.bfloat16, packed=(0, 100, 3100, 6500)),
+        Case("mixed-exact", q_len=6200, head_dim=32),
     ],
     ids=lambda case: case.name,
 )

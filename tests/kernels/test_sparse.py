@@ -191,6 +191,13 @@ def test_overflow_is_flagged_and_left_alone(device: str) -> None:
     assert call.query_grad[:, :, ROW_BLOCK:].isnan().all()
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_rows_that_are_no_numbers_are_flagged(number: float, device: str) -> None:
+    call = Call(device, q_len=150)
+    call.query[0, 1, 3, 5] = number
+    assert call.run(tiles_of(torch.float32, 16)).overflow.tolist() == [[0, 0], [1, 0]]
+
+
 def test_rows_without_keys_give_zeros(device: str) -> None:
     mask = torch.zeros(1, 150, dtype=torch.bool)
     call = Call(device, attention_mask=mask)

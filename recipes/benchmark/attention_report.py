@@ -1,0 +1,110 @@
+"""The table and the plot of attention.json: what attention.py measured, ours beside its peers.
+
+python recipes/benchmark/attention_report.py            # writes attention.md and attention.png beside the JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from recipes.common import COLOURS, MARKERS, save_figure
+
+PEERS = ("sdpa cuDNN", "sdpa flash-2", "flex alibi", "adasplash v2", "adasplash v1")
+
+
+def by_case(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
+    """(kind, length, head_dim, batch, heads) -> method -> its row; failed rows are left out."""
+    grouped: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in results:
+        if "failed" not in row:
+            case = tuple(row[name] for name in ("kind", "length", "head_dim", "batch", "heads"))
+            grouped[case][row["method"]] = row
+    return dict(grouped)
+
+
+def table(content: dict[str, Any]) -> str:
+    """Markdown: a line per case, forward / forward and backward in ms, and the peer's time over ours."""
+    cases = by_case(content["results"])
+    peers = [peer for peer in PEERS if any(peer in rows for rows in cases.values())]
+    columns = ["input", "N", "D", "B x H", "support", "error", "ours", *peers, "memory, ours / cuDNN"]
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    for (kind, length, head_dim, batch, heads), rows in sorted(cases.items(), key=lambda item: str(item[0][0])):
+        ours = rows.get("ours")
+        if ours is None:
+            continue
+        cells = [kind, f"{length:,}", str(head_dim), f"{batch} x {heads}", str(ours.get("support", "-"))]
+        cells.append(f"{ours['error']:.1e}" if "error" in ours else "-")
+        cells.append(f"{ours['forward_ms']:.2f} / {ours['forward_backward_ms']:.2f}")
+        for peer in peers:
+            row = rows.get(peer)
+            if row is None:
+                cells.append("-")
+                continue
+            ratio = row["forward_backward_ms"] / ours["forward_backward_ms"]
+            cells.append(f"{row['forward_ms']:.2f} / {row['forward_backward_ms']:.2f} ({ratio:.2f}x)")
+        softmax = rows.get("sdpa cuDNN")
+        cells.append("-" if softmax is None else f"{ours['peak_mib'] / softmax['peak_mib']:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    device, versions = content["device"]["name"], content["versions"]["torch"]
+    lines += [
+        "",
+        f"Milliseconds, forward / forward and backward, medians; in brackets the peer's time over ours. bfloat16, "
+        f"causal, {device}, torch {versions}, commit {str(content['commit'])[:10]}, `{content['command']}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(content: dict[str, Any], path: Path, head_dim: int = 64) -> None:
+    """Forward and backward per length, one panel per kind of input."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
+    for (kind, length, dim, batch, heads), rows in by_case(content["results"]).items():
+        if dim == head_dim and "many rows" not in kind:
+            for method, row in rows.items():
+                # per sequence and head, since the batch shrinks as the length grows
+                curves[kind][method].append((length, row["forward_backward_ms"] / (batch * heads)))
+    figure, axes = pyplot.subplots(
+        1, max(1, len(curves)), figsize=(3.4 * max(1, len(curves)), 3.4), dpi=160, sharey=True, squeeze=False
+    )
+    for panel, (kind, methods) in zip(axes[0], curves.items(), strict=False):
+        order = [
+            name for name in ("sdpa cuDNN", "sdpa flash-2", "ours", "flex alibi", "adasplash v2") if name in methods
+        ]
+        for name in order:
+            style = ("sdpa cuDNN", "sdpa flash-2", "ours", "flex alibi", "adasplash v2").index(name)
+            lengths, times = zip(*sorted(methods[name]), strict=True)
+            panel.plot(lengths, times, color=COLOURS[style], marker=MARKERS[style], markersize=4, label=name)
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_title(kind, fontsize=10)
+        panel.set_xlabel("length")
+        panel.grid(color="#e5e5e5", linewidth=0.8)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("forward and backward, ms a head")
+    axes[0][0].legend(frameon=False, fontsize=7)
+    save_figure(figure, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).with_name("attention.json"))
+    arguments = parser.parse_args()
+    content = json.loads(arguments.results.read_text(encoding="utf-8"))
+    arguments.results.with_suffix(".md").write_text(table(content), encoding="utf-8")
+    plot(content, arguments.results.with_suffix(".png"))
+    print(table(content))
+
+
+if __name__ == "__main__":
+    main()
