@@ -58,7 +58,7 @@ def row_bounds_kernel(
     """One tile of BM query rows: bounds on tau, and the key blocks that `candidates_kernel` has to visit.
 
     A row with more blocks above its bound than ROOM has more candidates than that: its row block overflows now, and
-    none of the tile's key blocks are listed.
+    none of the tile's key blocks are listed. So do rows whose scores are no finite numbers.
 
     Args:
         query: Rows.
@@ -84,7 +84,9 @@ def row_bounds_kernel(
     high = tl.load(spans + slot * 4 + 3)
     maxima += slot * blocks * BM
     top = tl.load(tops + slot * BM + index)
-    some = (top > float("-inf")) & (first_row + index < q_len)
+    exists = first_row + index < q_len
+    strange = exists & ((top != top) | (top == float("inf")))
+    some = (top > float("-inf")) & exists
     top = tl.where(some, top, 0.0)
     tau = top - 1.0
     for _ in tl.static_range(STEPS):
@@ -110,6 +112,7 @@ def row_bounds_kernel(
         # slope |i - j| of a candidate is at most |q||k| scale + |tau|; float32 rounds the difference
         error += (tl.abs(tau) + error * 65536.0) * 2.0**-20
     bound = tau - 2.0 * error - (1.0 + tl.abs(tau)) * 2.0**-18
+    strange = strange | (some & (bound != bound))
     bound = tl.where(some, bound, float("inf"))
     tl.store(bounds + slot * BM + index, bound)
 
@@ -119,7 +122,7 @@ def row_bounds_kernel(
     masked, crowd = _list_active(active, maxima, bound, low, full_low, masked, crowd, index, UNIT, BM)
     masked, crowd = _list_active(active, maxima, bound, full_high, high, masked, crowd, index, UNIT, BM)
     total_listed, crowd = _list_active(active, maxima, bound, full_low, full_high, masked, crowd, index, UNIT, BM)
-    if tl.max(tl.sum(crowd, 0), 0) > ROOM:
+    if tl.max(tl.where(strange, ROOM + 1, tl.sum(crowd, 0)), 0) > ROOM:
         row_blocks = tl.cdiv(q_len, ROW_BLOCK)
         tl.store(overflow + group.to(tl.int64) * row_blocks + first_row // ROW_BLOCK, 1)
         masked = 0

@@ -137,7 +137,8 @@ def block_maxima_kernel(
     Args:
         query, key: Rows.
         maxima: (tiles, blocks, BM) float32 or bfloat16 (rounded to nearest), written within the tile's span.
-        tops: (tiles, BM) float32, the rows' maxima; -inf for rows that see no key.
+        tops: (tiles, BM) float32, the rows' maxima; -inf for rows that see no key, nan where all that a row's range
+            holds are padding or scores that are no numbers.
         spans: (tiles, 4) int32: key blocks [span0, span3) may hold weights; those of [span1, span2) are seen by every
             row and carry no ALiBi.
         largest_key: (batch * kv_heads,) float32, the largest Euclidean norm of a key.
@@ -194,7 +195,8 @@ def block_maxima_kernel(
             BN, D, HEAD_DIM, PRECISION,
         )  # fmt: skip
         top = _store_maxima(maxima, top, score, 1.0, block, index, BM, BN, BLOCK)
-    tl.store(tops + slot * BM + index, top)
+    # a maximum passes over scores that are no numbers: where nothing else was seen, say so
+    tl.store(tops + slot * BM + index, tl.where(sees & (top == float("-inf")), float("nan"), top))
 
 
 @triton.jit
