@@ -54,8 +54,8 @@ def _tolerances(problem: Problem) -> tuple[float, float]:
     return ((accepted / 4) ** (1 / 3) if problem.alpha == 1.5 else (accepted / 4) ** 0.5), accepted
 
 
-def new_dense_state(problem: Problem) -> DenseState:
-    """Fresh state: an empty block map, and memory for the rest."""
+def new_dense_state(problem: Problem, *, with_mean: bool = True) -> DenseState:
+    """Fresh state: an empty block map, and memory for the rest (none for mean_value unless with_mean)."""
     query, value = problem.query, problem.value
     batch, heads, q_len, _ = query.shape
     tau = query.new_empty(batch, heads, q_len, dtype=torch.float32)
@@ -65,7 +65,8 @@ def new_dense_state(problem: Problem) -> DenseState:
     key_blocks = _blocks(problem.key.shape[2], KEY_BLOCK)
     shape = (batch * heads, row_blocks, key_blocks)
     block_map = query.new_zeros(shape, dtype=torch.uint8)
-    return DenseState(tau, query.new_empty(batch, heads, q_len, value.shape[3]), block_map)
+    mean_shape = (batch, heads, q_len, value.shape[3]) if with_mean else (0,)
+    return DenseState(tau, query.new_empty(mean_shape), block_map)
 
 
 def largest_key_norms(problem: Problem) -> torch.Tensor:

@@ -29,6 +29,8 @@ def check_mixed(case: Case, device: str) -> torch.Tensor:
     def recording(*args: object, **more: object) -> object:
         lists = plain(*args, **more)  # type: ignore[arg-type]
         flags.append(lists.overflow)
+        traced = regimes.new_state(args[0])  # type: ignore[arg-type]
+        assert [(t.shape, t.dtype) for t in traced[3:]] == [(t.shape, t.dtype) for t in lists]  # type: ignore[attr-defined]
         return lists
 
     regimes.sparse_forward = recording  # type: ignore[assignment]
