@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,8 @@ __all__ = [
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Okabe and Ito's palette, which colour-blind readers tell apart; the method that the package is about is the strong one
-COLOURS = ("#8c8c8c", "#0072b2", "#d55e00", "#009e73", "#cc79a7")
-MARKERS = ("s", "^", "o", "D", "v")
+OURS = ("#d55e00", "o")
+OTHERS = (("#8c8c8c", "s"), ("#0072b2", "^"), ("#009e73", "D"), ("#cc79a7", "v"), ("#56b4e9", "P"), ("#000000", "X"))
 
 
 def default_device() -> torch.device:
@@ -141,7 +142,9 @@ def plot_lengths(axes: Axes, curves: Mapping[str, Sequence[Sequence[float]]], le
         curves: method -> one sequence of values (one per length) for each seed.
         lengths: the x values.
     """
-    for (name, runs), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
+    others = cycle(OTHERS)
+    for name, runs in curves.items():
+        colour, marker = OURS if name == "ASEntmax + NAPE" else next(others)
         mean = [sum(values) / len(runs) for values in zip(*runs, strict=True)]
         axes.plot(lengths, mean, color=colour, marker=marker, markersize=5.5, linewidth=2.0, label=name)
         if len(runs) > 1:

@@ -248,7 +248,8 @@ def main() -> None:
     axes.set_ylim(-3, 103)
     axes.set_title("Associative recall, trained on at most 64 tokens", loc="left", fontsize=11, pad=14)
     common.save_figure(figure, arguments.out / "results.png")
-    print(f"\nSaved results.json, results.png and the ASEntmax checkpoint in {arguments.out}")
+    saved_model = " and the ASEntmax checkpoint" if OURS in arguments.methods else ""
+    print(f"\nSaved results.json, results.png{saved_model} in {arguments.out}")
     if OURS in arguments.methods:
         show_answers(arguments.out / "checkpoint", arguments.device)
 
