@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from .device import (
+    excess_over,
     load_rows,
     products_to_scores,
     score_derivative,
@@ -72,7 +73,7 @@ def _query_gradient_pass(
         score = products_to_scores(
             product, scoring, slope, row_position[:, None], (keys - base).to(tl.float32)[None, :]
         )
-        excess = tl.maximum(score - tau[:, None], 0.0)
+        excess = excess_over(score, tau[:, None])
         if MASKED:
             seen = visible_pairs(
                 masks, batch, head, rows[:, None], keys[None, :], start[:, None], stop[:, None], q_len, kv_len
@@ -164,7 +165,7 @@ def _key_gradient_pass(
         product = tl.dot(k, tl.trans(q), input_precision=PRECISION)
         position = (rows + (kv_len - q_len - base)).to(tl.float32)
         score = products_to_scores(product, scoring, slope, position[None, :], (keys - base).to(tl.float32)[:, None])
-        excess = tl.maximum(score - tau[None, :], 0.0)
+        excess = excess_over(score, tau[None, :])
         if MASKED:
             start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
             stop = tl.minimum(stop, kv_len)

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .device import (
     entmax_norm,
+    excess_over,
     load_rows,
     products_to_scores,
     store_rows,
@@ -114,7 +115,7 @@ def _sum_pass(
             q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop,
             first_key, q_len, kv_len, MASKED, BN, D, HEAD_DIM, PRECISION,
         )  # fmt: skip
-        p, s = support_powers(tl.maximum(score - tau[:, None], 0.0), scoring.exponent)
+        p, s = support_powers(excess_over(score, tau[:, None]), scoring.exponent)
         sum_p += p
         sum_s += s
         if scoring.exponent == 2.0:
@@ -139,7 +140,7 @@ def _output_pass(
             q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop,
             first_key, q_len, kv_len, MASKED, BN, D, HEAD_DIM, PRECISION,
         )  # fmt: skip
-        p, s = support_powers(tl.maximum(score - tau[:, None], 0.0), scoring.exponent)
+        p, s = support_powers(excess_over(score, tau[:, None]), scoring.exponent)
         row_s = tl.sum(s, 1)
         sum_p += tl.sum(p, 1)
         sum_s += row_s
@@ -175,7 +176,7 @@ def _closer_step(norm, newton, total, slope_sum, count, exponent: tl.constexpr):
 def _subset_tau(score, share, tau, STEPS: tl.constexpr, exponent: tl.constexpr):
     """The tau at which these scores hold the mass `share`, from below (after the first step), by Newton's method."""
     for _ in tl.static_range(STEPS):
-        p, s = support_powers(tl.maximum(score - tau[:, None], 0.0), exponent)
+        p, s = support_powers(excess_over(score, tau[:, None]), exponent)
         _, step = _newton_step(tl.sum(p, 1) / share, tl.sum(s, 1) / share, exponent)
         tau += step
     return tau

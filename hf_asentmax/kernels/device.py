@@ -19,6 +19,7 @@ __all__ = [
     "Rows",
     "Scoring",
     "entmax_norm",
+    "excess_over",
     "load_rows",
     "products_to_scores",
     "score_derivative",
@@ -99,10 +100,10 @@ def visible_pairs(masks, batch, head, rows, keys, start, stop, q_len, kv_len):
 
     rows, start and stop share one shape, keys has the other; both are given expanded.
     """
-    visible = (keys >= start) & (keys < stop) & (keys >= 0) & (keys < kv_len)
+    exists = (keys >= 0) & (keys < kv_len)
     if masks.key_valid is not None:
-        valid = tl.load(masks.key_valid + batch.to(tl.int64) * kv_len + keys, mask=visible, other=0)
-        visible = visible & (valid != 0)
+        exists = tl.load(masks.key_valid + batch.to(tl.int64) * kv_len + keys, mask=exists, other=0) != 0
+    visible = (keys >= start) & (keys < stop) & exists
     if masks.dense is not None:
         offset = batch.to(tl.int64) * masks.dense_batch + head * masks.dense_head
         offset += rows.to(tl.int64) * masks.dense_row + keys * masks.dense_key
@@ -163,13 +164,19 @@ def score_derivative(product, scoring):
 
 
 @triton.jit
+def excess_over(score, tau):
+    """[score - tau]_+, NaN where the score is: a bad input must show in the output."""
+    return tl.maximum(score - tau, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def support_powers(excess, exponent: tl.constexpr):
     """(p, s) of r = excess >= 0: r^exponent and r^(exponent - 1), both 0 where r = 0."""
     if exponent == 2.0:
         return excess * excess, excess
     if exponent == 1.0:
         return excess, tl.where(excess > 0, 1.0, 0.0)
-    slope = tl.where(excess > 0, tl.exp2(tl.log2(excess) * (exponent - 1.0)), 0.0)
+    slope = tl.where(excess == 0, 0.0, tl.exp2(tl.log2(excess) * (exponent - 1.0)))
     return slope * excess, slope
 
 

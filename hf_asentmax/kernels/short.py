@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .device import (
     entmax_norm,
+    excess_over,
     load_rows,
     products_to_scores,
     score_derivative,
@@ -37,7 +38,7 @@ def _solve(score, exponent: tl.constexpr):
     going = tl.max(some.to(tl.int32), 0) > 0
     for _ in range(_MAX_STEPS):
         if going:
-            p, s = support_powers(tl.maximum(score - tau[:, None], 0.0), exponent)
+            p, s = support_powers(excess_over(score, tau[:, None]), exponent)
             total = tl.where(some, tl.sum(p, 1), 1.0)
             norm = entmax_norm(total, exponent)
             step = (norm - 1.0) * total / (norm * tl.where(some, tl.sum(s, 1), 1.0))
@@ -65,7 +66,7 @@ def _short_rows(
     seen = visible_pairs(masks, batch, head, rows[:, None], keys[None, :], start[:, None], stop[:, None], q_len, kv_len)
     score = tl.where(seen, score, float("-inf"))
     tau = _solve(score, scoring.exponent)
-    p, s = support_powers(tl.maximum(score - tau[:, None], 0.0), scoring.exponent)
+    p, s = support_powers(excess_over(score, tau[:, None]), scoring.exponent)
     v = load_rows(value, batch, kv_head, low, W, kv_len, True, DV, VALUE_DIM)
     weighted = tl.dot((p * P_SCALE).to(v.dtype), v, input_precision=PRECISION) * (1.0 / P_SCALE)
     store_rows(output, batch, head, first_row, weighted, q_len, DV, VALUE_DIM)
@@ -191,7 +192,7 @@ def short_backward_kernel(
         seen = visible_pairs(
             masks, batch, head, rows[:, None], keys[None, :], start[:, None], stop[:, None], q_len, kv_len
         )
-        p, s = support_powers(tl.where(seen, tl.maximum(score - tau[:, None], 0.0), 0.0), scoring.exponent)
+        p, s = support_powers(tl.where(seen, excess_over(score, tau[:, None]), 0.0), scoring.exponent)
         acc_v = tl.dot(tl.trans((p * P_SCALE).to(do.dtype)), do, acc_v, input_precision=PRECISION)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         total = tl.sum(s, 1)

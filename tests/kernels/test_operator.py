@@ -60,6 +60,23 @@ def test_rows_without_keys_give_zeros(case: Case, device: str) -> None:
     assert not dq[:, :, :30].any() and not dk[:, :, :30].any() and not dv[:, :, :30].any()
 
 
+@pytest.mark.parametrize("case", REGIMES, ids=lambda case: case.name)
+def test_inputs_that_are_no_numbers_show_in_the_output(case: Case, device: str) -> None:
+    query, key, value, _ = tensors(case, device)
+    bad_query = query.clone()
+    bad_query[:, :, 20, 3] = float("nan")
+    output = entmax_attention(bad_query, key, value, backend="triton")
+    assert (
+        output[:, :, 20].isnan().all() and not output[:, :, :20].isnan().any() and not output[:, :, 21:].isnan().any()
+    )
+    bad_key = key.clone()
+    bad_key[:, :, 20, 3] = float("inf")
+    output = entmax_attention(query, bad_key, value, backend="triton")
+    assert not output[:, :, :20].isnan().any()
+    above = (query[:, :, 20:, 3] > 0)[..., None].expand_as(output[:, :, 20:])
+    assert output[:, :, 20:][above].isnan().all()
+
+
 def test_the_operator_passes_opcheck(device: str) -> None:
     from hf_asentmax.kernels.op import _forward
 
