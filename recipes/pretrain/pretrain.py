@@ -3,7 +3,8 @@
     sh recipes/pretrain/get_text.sh                                         the King James Bible, or use your own text
     python recipes/pretrain/pretrain.py --text runs/text/kjv.txt --attention softmax
     python recipes/pretrain/pretrain.py --text runs/text/kjv.txt --attention asentmax
-    python recipes/pretrain/perplexity.py runs/pretrain/softmax runs/pretrain/asentmax
+    python recipes/pretrain/pretrain.py --text runs/text/kjv.txt --attention softmax --positions nape
+    python recipes/pretrain/perplexity.py runs/pretrain/softmax runs/pretrain/softmax-nape runs/pretrain/asentmax
 
     python recipes/pretrain/pretrain.py --dataset NAME --dataset-config CONFIG --bf16 ...     streams a Hub data set
     accelerate launch recipes/pretrain/pretrain.py ...                                        several GPUs

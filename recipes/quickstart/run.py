@@ -3,10 +3,11 @@
     python recipes/quickstart/run.py            a few minutes on 2 CPU cores
     python recipes/quickstart/run.py --help
 
-Three models of the same size (Llama-style, through transformers), same data, steps and optimizer:
+Three models of the same size (Llama-style, through transformers), steps, optimizer and rule for the training data:
 softmax with rotary positions, as Llama has it; softmax with NAPE, which differs from ours in the attention alone;
 and ASEntmax with NAPE. What to expect: rotary positions fail beyond the training length; softmax with NAPE, at its own
-best learning rate, keeps up with ASEntmax at these lengths (learning_rates.json). The table, the plot, the numbers and the ASEntmax checkpoint go to runs/quickstart/.
+best learning rate, keeps up with ASEntmax at these lengths (learning_rates.json). The table, the plot, the numbers and
+the ASEntmax checkpoint go to runs/quickstart/.
 """
 
 from __future__ import annotations
