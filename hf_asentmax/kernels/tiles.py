@@ -80,19 +80,28 @@ def forward_tiles(problem: Problem) -> Tiles:
 
 def query_gradient_tiles(problem: Problem) -> Tiles:
     if problem.query.dtype == torch.float32:
-        return Tiles(32, 32, 4, 1)
-    if problem.width <= 64:
-        return Tiles(64, 64, 4, 3)
-    if problem.width <= 128:
-        return Tiles(64, 64, 4, 2)
-    return Tiles(64, 32, 8, 2)
+        tiles = Tiles(32, 32, 4, 1)
+    elif problem.width <= 64:
+        tiles = Tiles(64, 64, 4, 3)
+    elif problem.width <= 128:
+        tiles = Tiles(64, 64, 4, 2)
+    else:
+        tiles = Tiles(64, 32, 8, 2)
+    return _within_map(problem, tiles)
 
 
 def key_gradient_tiles(problem: Problem) -> Tiles:
     if problem.query.dtype == torch.float32:
-        return Tiles(32, 32, 4, 1)
-    if problem.width <= 64:
-        return Tiles(64, 64, 4, 3)
-    if problem.width <= 128:
-        return Tiles(32, 64, 4, 2)
-    return Tiles(32, 64, 8, 1)
+        tiles = Tiles(32, 32, 4, 1)
+    elif problem.width <= 64:
+        tiles = Tiles(64, 64, 4, 3)
+    elif problem.width <= 128:
+        tiles = Tiles(32, 64, 4, 2)
+    else:
+        tiles = Tiles(32, 64, 8, 1)
+    return _within_map(problem, tiles)
+
+
+def _within_map(problem: Problem, tiles: Tiles) -> Tiles:
+    """A block of the map holds whole tiles of the backward kernels."""
+    return tiles._replace(rows=min(tiles.rows, map_rows(problem)))
