@@ -111,27 +111,31 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(columns), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
 
 
-def length_axes(train_length: int, lengths: Sequence[int]) -> tuple[Figure, Axes]:
-    """A figure whose x axis is the length in tokens, doubling; the lengths seen in training are shaded."""
+def length_axes(train_length: int, lengths: Sequence[int], panels: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of panels whose x axis is the length in tokens, doubling; the lengths seen in training are shaded."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
     from matplotlib.ticker import NullLocator
 
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.2), dpi=160)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [f"{length}\n{length // train_length}x" for length in lengths])
-    axes.xaxis.set_minor_locator(NullLocator())
-    left, right = lengths[0] / 2**0.35, lengths[-1] * 2**0.35
-    axes.set_xlim(left, right)
-    axes.axvspan(left, train_length, color="#000000", alpha=0.05, linewidth=0)
-    axes.text(left * 1.03, 1.01, "trained", transform=axes.get_xaxis_transform(), fontsize=8, color="#666666")
-    axes.set_xlabel("length in tokens (times the training length)")
-    axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+    width = 7.2 if panels == 1 else 5.6 * panels
+    figure, grid = pyplot.subplots(1, panels, figsize=(width, 4.2), dpi=160, squeeze=False)
+    for axes in grid[0]:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length}\n{length // train_length}x" for length in lengths])
+        axes.xaxis.set_minor_locator(NullLocator())
+        left, right = lengths[0] / 2**0.35, lengths[-1] * 2**0.35
+        axes.set_xlim(left, right)
+        axes.axvspan(left, train_length, color="#000000", alpha=0.05, linewidth=0)
+        axes.text(
+            left * 1.04, 0.985, "trained", transform=axes.get_xaxis_transform(), va="top", fontsize=8, color="#666666"
+        )
+        axes.set_xlabel("length in tokens (times the training length)")
+        axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, list(grid[0])
 
 
 def plot_lengths(axes: Axes, curves: Mapping[str, Sequence[Sequence[float]]], lengths: Sequence[int]) -> None:

@@ -39,30 +39,37 @@ def origin(content: dict[str, Any]) -> str:
     )
 
 
+def _by_method(runs: list[dict[str, Any]], key: str, scale: float) -> list[list[str]]:
+    """A line per method: the mean over its seeds at each length, and the range where there are several."""
+    by_method: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        by_method.setdefault(run["method"], []).append(run[key])
+    rows = []
+    for method, values in by_method.items():
+        cells = []
+        for length in values[0]:
+            column = [scale * one[length] for one in values]
+            mean = f"{sum(column) / len(column):.1f}"
+            cells.append(mean if len(column) == 1 else f"{mean} ({min(column):.1f} – {max(column):.1f})")
+        rows.append([method, *cells])
+    return rows
+
+
 def quickstart(content: dict[str, Any]) -> str:
     """The associative recall that `make quickstart` trains."""
-    lengths = list(content["runs"][0]["accuracy"])
-    shortest = int(lengths[0])
-    by_method: dict[str, list[dict[str, float]]] = {}
-    for run in content["runs"]:
-        by_method.setdefault(run["method"], []).append(run["accuracy"])
-    rows = []
-    for method, runs in by_method.items():
-        cells = []
-        for length in lengths:
-            values = [100 * run[length] for run in runs]
-            mean = f"{sum(values) / len(values):.1f}"
-            cells.append(mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})")
-        rows.append([method, *cells])
+    runs = content["runs"]
+    lengths = [int(length) for length in runs[0]["accuracy"]]
+    columns = ["", *(f"{length:,} ({length // lengths[0]}x)" for length in lengths)]
     queries = content["streams_per_length"] * content["queries_per_stream"]
-    minutes = sum(run["train_seconds"] for run in content["runs"]) / 60
     return "\n\n".join(
         [
-            "![Right answers against length](recipes/quickstart/results.png)",
-            f"Associative recall, trained on at most {shortest} tokens, tested on up to {int(lengths[-1]):,}: right "
-            f"answers in %, over {queries} queries at each length (in brackets the least and the most of the seeds).",
-            markdown_table(["", *(f"{int(n):,} ({int(n) // shortest}x)" for n in lengths)], rows),
-            f"{origin(content)} {minutes:.0f} minutes of training in total.",
+            "![Right answers, and keys in use, against length](recipes/quickstart/results.png)",
+            f"Associative recall, trained on at most {lengths[0]} tokens: right answers in %, {queries} queries at each "
+            "length, the mean of the seeds (and their range).",
+            markdown_table(columns, _by_method(runs, "accuracy", 100.0)),
+            "How many keys a query of the last layer gives any weight, in the head that looks at most:",
+            markdown_table(columns, _by_method(runs, "keys_in_use", 1.0)),
+            origin(content),
         ]
     )
 

@@ -106,7 +106,7 @@ def plot(results: dict[str, dict[str, Any]], train_length: int, path: Path) -> N
     """Perplexity against length; on a logarithmic axis where a model is off by a factor of more than 4."""
     first = next(iter(results.values()))
     lengths = [int(length) for length in first["by_length"]]
-    figure, axes = common.length_axes(train_length, lengths)
+    figure, (axes,) = common.length_axes(train_length, lengths)
     curves = {
         name: [[one["by_length"][str(length)]["perplexity"] for length in lengths]] for name, one in results.items()
     }

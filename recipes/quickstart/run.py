@@ -144,6 +144,19 @@ def evaluate(model: PreTrainedModel, length: int, num_streams: int) -> float:
     return right / (num_streams * QUERIES)
 
 
+@torch.no_grad()
+def keys_in_use(model: PreTrainedModel, length: int, num_streams: int = 4) -> float:
+    """How many keys a query of the last layer gives any weight, on average over its heads with the most."""
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # the same attention, which can return its weights
+    streams = sample_batch(num_streams, length, QUERIES, torch.Generator().manual_seed(2_000_000 + length))
+    batch = to_device(streams, model.device)
+    model.eval()
+    weights = model(batch.tokens, use_cache=False, output_attentions=True).attentions[-1]
+    counts = (weights[:, :, batch.answers_at - 1] > 0).sum(-1).float()
+    return float(counts.mean(dim=(0, 2)).max())
+
+
 def show_answers(checkpoint: Path, device: torch.device) -> None:
     """Reload the checkpoint as any user would, and let it answer queries in streams of 1x and 16x."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
@@ -207,6 +220,7 @@ def main() -> None:
                         "train_loss": loss,
                         "train_seconds": round(seconds, 1),
                         "accuracy": accuracy,
+                        "keys_in_use": {str(length): round(keys_in_use(model, length), 1) for length in lengths},
                     }
                 )
                 if method == OURS and seed == arguments.seeds[0]:
@@ -214,21 +228,27 @@ def main() -> None:
                     build_tokenizer().save_pretrained(arguments.out / "checkpoint")
 
     several_rates = len(arguments.learning_rates or []) > 1
-    curves: dict[str, list[list[float]]] = {}
+    right: dict[str, list[list[float]]] = {}
+    in_use: dict[str, list[list[float]]] = {}
     for run in runs:
         name = f"{run['method']}, rate {run['learning_rate']:g}" if several_rates else run["method"]
-        curves.setdefault(name, []).append([100 * run["accuracy"][str(length)] for length in lengths])
+        right.setdefault(name, []).append([100 * run["accuracy"][str(length)] for length in lengths])
+        in_use.setdefault(name, []).append([run["keys_in_use"][str(length)] for length in lengths])
     answered = arguments.streams * QUERIES
-    title = (
-        f"right answers in %, chance {100 / (len(WORDS) - FIRST_VALUE):.0f}; {answered} queries at each length, "
-        f"{'1 seed' if len(arguments.seeds) == 1 else f'mean of {len(arguments.seeds)} seeds'}"
-    )
-    rows = [
-        [name, *(f"{sum(values) / len(values):.1f}" for values in zip(*seeds, strict=True))]
-        for name, seeds in curves.items()
-    ]
-    print(f"\n{title}\n")
-    print(common.format_table(["tokens", *(f"{n} ({n // TRAIN_LENGTH}x)" for n in lengths)], rows))
+    of_seeds = "1 seed" if len(arguments.seeds) == 1 else f"mean of {len(arguments.seeds)} seeds"
+    for title, values in (
+        (
+            f"right answers in %, chance {100 / (len(WORDS) - FIRST_VALUE):.0f}; {answered} queries at each length",
+            right,
+        ),
+        ("keys that a query of the last layer gives any weight, in its head with the most", in_use),
+    ):
+        rows = [
+            [name, *(f"{sum(column) / len(column):.1f}" for column in zip(*seeds, strict=True))]
+            for name, seeds in values.items()
+        ]
+        print(f"\n{title}; {of_seeds}\n")
+        print(common.format_table(["tokens", *(f"{n} ({n // TRAIN_LENGTH}x)" for n in lengths)], rows))
 
     common.write_json(
         arguments.out / "results.json",
@@ -244,11 +264,15 @@ def main() -> None:
             "runs": runs,
         },
     )
-    figure, axes = common.length_axes(TRAIN_LENGTH, lengths)
-    common.plot_lengths(axes, curves, lengths)
-    axes.set_ylabel("right answers (%)")
-    axes.set_ylim(-3, 103)
-    axes.set_title("Associative recall, trained on at most 64 tokens", loc="left", fontsize=11, pad=14)
+    figure, (of_answers, of_keys) = common.length_axes(TRAIN_LENGTH, lengths, panels=2)
+    common.plot_lengths(of_answers, right, lengths)
+    of_answers.set_ylabel("right answers (%)")
+    of_answers.set_ylim(-3, 103)
+    of_answers.set_title("Associative recall, trained on at most 64 tokens", loc="left", fontsize=11, pad=14)
+    common.plot_lengths(of_keys, in_use, lengths)
+    of_keys.set_yscale("log")
+    of_keys.set_ylabel("keys with any weight")
+    of_keys.set_title("How many keys a query of the last layer looks at", loc="left", fontsize=11, pad=14)
     common.save_figure(figure, arguments.out / "results.png")
     saved_model = " and the ASEntmax checkpoint" if OURS in arguments.methods else ""
     print(f"\nSaved results.json, results.png{saved_model} in {arguments.out}")

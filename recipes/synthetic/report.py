@@ -179,7 +179,7 @@ def figure(groups: list[Group], file: Path) -> None:
     trained = groups[0].results[0]["run"]["task_settings"]["max_length"]
     published = PUBLISHED["exact_match"].get(task, {})
     lengths = [trained * multiple for multiple in sorted(set().union(*(group.multiples() for group in groups)))]
-    drawing, axes = length_axes(trained, lengths)
+    drawing, (axes,) = length_axes(trained, lengths)
     for group in groups:
         values = [(trained * multiple, group.pooled(multiple)) for multiple in sorted(group.multiples())]
         shown = [(length, *pooled) for length, pooled in values if pooled is not None]
