@@ -50,7 +50,7 @@ def _by_method(runs: list[dict[str, Any]], key: str, scale: float) -> list[list[
         for length in values[0]:
             column = [scale * one[length] for one in values]
             mean = f"{sum(column) / len(column):.1f}"
-            cells.append(mean if len(column) == 1 else f"{mean} ({min(column):.1f} – {max(column):.1f})")
+            cells.append(mean if len(column) == 1 else f"{mean} ({min(column):.1f} to {max(column):.1f})")
         rows.append([method, *cells])
     return rows
 
@@ -64,8 +64,8 @@ def quickstart(content: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "![Right answers, and keys in use, against length](recipes/quickstart/results.png)",
-            f"Associative recall, trained on at most {lengths[0]} tokens: right answers in %, {queries} queries at each "
-            "length, the mean of the seeds (and their range).",
+            f"Associative recall, trained on at most {lengths[0]} tokens: right answers in %, {queries} queries at "
+            "each length, the mean of the seeds (and their range).",
             markdown_table(columns, _by_method(runs, "accuracy", 100.0)),
             "How many keys a query of the last layer gives any weight, in the head that looks at most:",
             markdown_table(columns, _by_method(runs, "keys_in_use", 1.0)),

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from recipes.common import COLOURS, MARKERS, save_figure
+from recipes.common import OTHERS, OURS, save_figure
 
 PEERS = ("sdpa cuDNN", "sdpa flash-2", "flex alibi", "adasplash v2", "adasplash v1")
 
@@ -78,13 +78,11 @@ def plot(content: dict[str, Any], path: Path, head_dim: int = 64) -> None:
         1, max(1, len(curves)), figsize=(3.4 * max(1, len(curves)), 3.4), dpi=160, sharey=True, squeeze=False
     )
     for panel, (kind, methods) in zip(axes[0], curves.items(), strict=False):
-        order = [
-            name for name in ("sdpa cuDNN", "sdpa flash-2", "ours", "flex alibi", "adasplash v2") if name in methods
-        ]
-        for name in order:
-            style = ("sdpa cuDNN", "sdpa flash-2", "ours", "flex alibi", "adasplash v2").index(name)
+        styles = {"ours": OURS, **dict(zip(PEERS, OTHERS, strict=False))}
+        for name in (name for name in styles if name in methods):
+            colour, marker = styles[name]
             lengths, times = zip(*sorted(methods[name]), strict=True)
-            panel.plot(lengths, times, color=COLOURS[style], marker=MARKERS[style], markersize=4, label=name)
+            panel.plot(lengths, times, color=colour, marker=marker, markersize=4, label=name)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_title(kind, fontsize=10)
