@@ -49,8 +49,9 @@ def map_rows(problem: Problem) -> int:
 
 
 def short_rows(problem: Problem) -> int:
-    """Rows a program of the short forward kernel."""
-    return min(padded(problem.query.shape[2]), 64)
+    """Rows a program of the short forward kernel. Comparisons only: a traced length stays dynamic."""
+    q_len = problem.query.shape[2]
+    return 64 if q_len > 32 else 32 if q_len > 16 else 16
 
 
 def single_rows(problem: Problem) -> int:

@@ -104,6 +104,23 @@ def test_compiles_to_one_graph(device: str) -> None:
         assert_close(name, mine, expected, 1e-6)
 
 
+def test_one_compiled_graph_serves_many_lengths(device: str) -> None:
+    torch.compiler.reset()
+    graphs = []
+
+    def counting(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(
+        lambda *args: entmax_attention(*args, backend="triton"), fullgraph=True, dynamic=True, backend=counting
+    )
+    for length in (140, 150, 190):
+        query, key, value, _ = tensors(Case("lengths", q_len=length, heads=2, head_dim=16, dtype=torch.float16), device)
+        assert_close("output", compiled(query, key, value), entmax_attention(query, key, value, backend="triton"), 1e-3)
+    assert len(graphs) == 1
+
+
 def test_autocast_takes_its_type(device: str) -> None:
     query, key, value, _ = tensors(Case("autocast", q_len=20, head_dim=16), device)
     with torch.autocast(device, dtype=torch.float16):
