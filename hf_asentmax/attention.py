@@ -184,21 +184,24 @@ def _checked_attention_mask(mask: torch.Tensor | None, query: torch.Tensor, kv_l
     if mask is None:
         return None
     batch, heads, q_len, _ = query.shape
-    expected = (
-        f"attention_mask must be ({batch}, {kv_len}) padding (bool or integer), or bool "
-        f"({batch}, 1 or {heads}, {q_len}, {kv_len})"
-    )
+
+    def expected() -> str:  # only where it is raised: a message with lengths would tie a compiled graph to them
+        return (
+            f"attention_mask must be ({batch}, {kv_len}) padding (bool or integer), or bool "
+            f"({batch}, 1 or {heads}, {q_len}, {kv_len})"
+        )
+
     if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"{expected}, got {type(mask).__name__}")
+        raise TypeError(f"{expected()}, got {type(mask).__name__}")
     if mask.ndim == 2:
         fits = tuple(mask.shape) == (batch, kv_len)
     else:
         fits = mask.ndim == 4 and mask.shape[0] == batch and mask.shape[1] in (1, heads)
         fits = fits and tuple(mask.shape[2:]) == (q_len, kv_len)
     if not fits:
-        raise ValueError(f"{expected}, got {tuple(mask.shape)}")
+        raise ValueError(f"{expected()}, got {tuple(mask.shape)}")
     if mask.is_floating_point() or (mask.ndim == 4 and mask.dtype != torch.bool):
-        raise TypeError(f"{expected}, got {mask.dtype}; an additive mask has to be compared first: mask == 0")
+        raise TypeError(f"{expected()}, got {mask.dtype}; an additive mask has to be compared first: mask == 0")
     if mask.device != query.device:
         raise ValueError(f"attention_mask is on {mask.device}, query on {query.device}")
     return mask.to(torch.bool)

@@ -1,6 +1,7 @@
 """Attention alone: the kernels against softmax attention and against another entmax kernel, on one GPU.
 
     python recipes/benchmark/attention.py              # needs a CUDA GPU; writes attention.json beside this file
+    HF_ASENTMAX_LISTS=1 python recipes/benchmark/attention.py      # with the lists for long sequences, off by default
     python recipes/benchmark/attention.py --lengths 8192 --kinds random --seconds 60
     python recipes/benchmark/attention_report.py       # the plot and the table, from the JSON
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import os
 import statistics
 import sys
 import time
@@ -238,7 +240,8 @@ def main() -> None:
             print(" ".join(f"{key}={value}" for key, value in results[-1].items()), flush=True)
         del inputs, truth
         torch.cuda.empty_cache()
-        write_json(arguments.output, {**results_header(torch.device("cuda"), [0]), "results": results})
+        header = {**results_header(torch.device("cuda"), [0]), "lists": os.environ.get("HF_ASENTMAX_LISTS") == "1"}
+        write_json(arguments.output, {**header, "results": results})
 
 
 if __name__ == "__main__":
