@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["NoPositionEmbedding", "takes_rotary_positions", "turn_off_positions", "without_rotation"]
+__all__ = ["NoPositionEmbedding", "rotary_argument", "turn_off_positions", "without_rotation"]
 
 # model_type -> attribute of the model (the one that holds the layers) with learned absolute position embeddings
 LEARNED_POSITIONS = {"gpt2": "wpe", "gpt_bigcode": "wpe", "opt": "embed_positions"}
@@ -33,9 +33,10 @@ class NoPositionEmbedding(nn.Module):
         return torch.zeros((), device=next(given).device)
 
 
-def takes_rotary_positions(attention: nn.Module) -> bool:
-    """Whether (cos, sin) reach this attention as the argument ``position_embeddings``."""
-    return "position_embeddings" in inspect.signature(attention.forward).parameters
+def rotary_argument(attention: nn.Module) -> int | None:
+    """Where (cos, sin) reach this attention's ``forward``: the place of ``position_embeddings``, or None."""
+    names = list(inspect.signature(attention.forward).parameters)
+    return names.index("position_embeddings") if "position_embeddings" in names else None
 
 
 def without_rotation(
@@ -68,7 +69,7 @@ def turn_off_positions(model: PreTrainedModel, attentions: list[nn.Module], posi
         ignored = set(model._keys_to_ignore_on_load_unexpected or [])
         model._keys_to_ignore_on_load_unexpected = ignored | {rf"(^|\.){name}\.weight$"}
         return
-    if model_type in NO_POSITIONS or all(takes_rotary_positions(attention) for attention in attentions):
+    if model_type in NO_POSITIONS or all(rotary_argument(attention) is not None for attention in attentions):
         return
     raise NotImplementedError(
         f"positions={positions!r} switches a model's own positions off, and hf_asentmax does not know where "

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..config import ASEntmaxConfig
 from ..scaling import LengthScaling, build_scaling
-from .families import takes_rotary_positions, turn_off_positions, without_rotation
+from .families import rotary_argument, turn_off_positions, without_rotation
 from .names import HIDDEN_STATES_ARGUMENT, SCALING_ATTRIBUTE, SETTINGS_ATTRIBUTE, flags_of, preset_of
 from .packing import packing_pre_hook
 
@@ -28,7 +28,7 @@ class AttentionSettings:
     flags: ASEntmaxConfig
     num_heads: int
     num_alibi_heads: int
-    rotary_off: bool
+    rotary_argument: int | None  # the place of (cos, sin) to replace in the attention's arguments
 
     @property
     def num_unscaled_heads(self) -> int:
@@ -134,7 +134,7 @@ def _install_attention(attention: nn.Module, config: Any, flags: ASEntmaxConfig)
         flags=flags,
         num_heads=num_heads,
         num_alibi_heads=flags.num_alibi_heads(num_heads),
-        rotary_off=flags.positions != "model" and takes_rotary_positions(attention),
+        rotary_argument=None if flags.positions == "model" else rotary_argument(attention),
     )
     scaling = build_scaling(
         flags.scaling,
@@ -162,11 +162,12 @@ def _attention_pre_hook(
         )
     kwargs = dict(kwargs)
     kwargs[HIDDEN_STATES_ARGUMENT] = args[0] if args else kwargs.get("hidden_states")
-    if settings.rotary_off:
+    place = settings.rotary_argument
+    if place is not None:
         if kwargs.get("position_embeddings") is not None:
             kwargs["position_embeddings"] = without_rotation(kwargs["position_embeddings"])
-        elif len(args) > 1 and isinstance(args[1], tuple):
-            args = (args[0], without_rotation(args[1]), *args[2:])
+        elif place < len(args) and args[place] is not None:
+            args = (*args[:place], without_rotation(args[place]), *args[place + 1 :])
     return args, kwargs
 
 

@@ -270,3 +270,14 @@ def test_the_base_model_alone() -> None:
     assert isinstance(model, nn.Module)
     assert len(list(installed_attentions(model))) == 2
     assert len(FAMILIES) == 10
+
+
+@torch.no_grad()
+def test_rotary_positions_given_by_place_are_switched_off_too() -> None:
+    attention = tiny_model("llama", "asentmax", {"positions": "nope"}).model.layers[0].self_attn
+    hidden_states, angles = torch.randn(1, 6, 32), torch.randn(1, 6, 8)
+    rotation = (angles.cos(), angles.sin())
+    none = (torch.ones(1, 6, 8), torch.zeros(1, 6, 8))
+    expected = attention(hidden_states, position_embeddings=none)[0]
+    assert torch.equal(attention(hidden_states, rotation)[0], expected)
+    assert torch.equal(attention(hidden_states=hidden_states, position_embeddings=rotation)[0], expected)
