@@ -50,7 +50,8 @@ def _by_method(runs: list[dict[str, Any]], key: str, scale: float) -> list[list[
         for length in values[0]:
             column = [scale * one[length] for one in values]
             mean = f"{sum(column) / len(column):.1f}"
-            cells.append(mean if len(column) == 1 else f"{mean} ({min(column):.1f} to {max(column):.1f})")
+            least, most = f"{min(column):.1f}", f"{max(column):.1f}"
+            cells.append(mean if least == most else f"{mean} ({least} to {most})")
         rows.append([method, *cells])
     return rows
 
