@@ -76,10 +76,11 @@ def list_backward_kernel(
     rows = first_row + tl.arange(0, R)
     # nothing here waits for the flag: the loads below go out together
     row_blocks = tl.cdiv(q_len, ROW_BLOCK)
-    flagged = tl.load(overflow + group.to(tl.int64) * row_blocks + first_row // ROW_BLOCK) != 0
+    # one flag for all rows, a copy each: the interpreter of Triton 3.9 has no mask from a scalar condition
+    kept = tl.load(overflow + group.to(tl.int64) * row_blocks + rows // ROW_BLOCK) == 0
     exists = rows < q_len
     row_number = group.to(tl.int64) * q_len + rows
-    count = tl.where(flagged, 0, tl.load(counts + row_number, mask=exists, other=0))
+    count = tl.where(kept, tl.load(counts + row_number, mask=exists, other=0), 0)
     tau = tl.load(tau_in + row_number, mask=exists, other=float("inf"))
     longest = tl.max(count, 0)
     dim = tl.arange(0, D)
@@ -139,7 +140,7 @@ def list_backward_kernel(
     dq_pointer = grad_query.pointer + batch * grad_query.batch + head.to(tl.int64) * grad_query.head
     tl.store(
         dq_pointer + long_rows * grad_query.row + dim[None, :], grad_q.to(grad_query.pointer.dtype.element_ty),
-        mask=q_mask & (flagged == 0),
+        mask=q_mask & kept[:, None],
     )  # fmt: skip
 
 
