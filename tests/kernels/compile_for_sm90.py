@@ -1,0 +1,55 @@
+"""Compiles the kernels of some calls for sm_90 on a machine without a GPU; run by test_compiles.py, in its own process.
+
+Triton is told of a target instead of a device, and launches only compile: the results are never computed.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ["HF_ASENTMAX_LISTS"] = "1"
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from hf_asentmax.kernels import entmax_attention_triton
+
+SHARED_MEMORY = 227 * 1024  # of one program on sm_90, in bytes
+
+
+class TargetOnly:
+    """The part of a Triton driver that compiling asks for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def compile_only(function: JITFunction, grid: Any) -> Any:
+    def launch(*args: Any, **options: Any) -> None:
+        compiled = function.warmup(*args, grid=(1,), **options)
+        assert compiled.metadata.shared <= SHARED_MEMORY, (function.__name__, compiled.metadata.shared)
+        print(function.__name__)
+
+    return launch
+
+
+driver.set_active(TargetOnly())
+JITFunction.__getitem__ = compile_only
+for length, head_dim, dtype, alibi in (
+    (6200, 64, torch.bfloat16, False),
+    (6200, 128, torch.bfloat16, True),
+    (100, 32, torch.bfloat16, False),
+    (200, 64, torch.float16, False),
+):
+    inputs = [torch.randn(1, 2, length, head_dim, dtype=dtype).requires_grad_() for _ in range(3)]
+    slopes = torch.tensor([1.0, 0.0]) if alibi else None
+    entmax_attention_triton(*inputs, alpha=1.5, scale=0.1, is_causal=True, alibi_slopes=slopes).sum().backward()
