@@ -135,6 +135,11 @@ def asentmax_attention_forward(
             softcap=softcap,
         )
         return output.transpose(1, 2).contiguous(), None
+    if query.device.type == "cuda" and not torch.compiler.is_compiling():
+        reason = "softmax presets have none" if flags.alpha == 1.0 else "they have no dropout and return no weights"
+        logger.warning_once(
+            f"hf_asentmax runs this attention in plain PyTorch (memory square in length), not in kernels: {reason}"
+        )
     output, weights = eager_attention(
         query,
         key,
