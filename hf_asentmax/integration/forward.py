@@ -188,11 +188,15 @@ def _boolean_mask(mask: torch.Tensor) -> torch.Tensor:
     if not mask.is_floating_point():
         return mask if mask.ndim == 2 or mask.dtype == torch.bool else mask.to(torch.bool)
     visible = mask == 0
-    if not torch.compiler.is_compiling() and not bool((visible | (mask <= -1e4)).all()):
-        raise NotImplementedError(
-            "the 4D attention_mask adds values other than 0 and minus infinity to the scores; hf_asentmax takes masks "
-            "that show or hide keys (boolean, or 0 and torch.finfo(dtype).min)"
-        )
+    shows_or_hides = (visible | (mask <= -1e4)).all()
+    message = (
+        "the 4D attention_mask adds values other than 0 and minus infinity to the scores; hf_asentmax takes masks "
+        "that show or hide keys (boolean, or 0 and torch.finfo(dtype).min)"
+    )
+    if torch.compiler.is_compiling():
+        torch._assert_async(shows_or_hides, message)  # a RuntimeError when the graph runs, without breaking it
+    elif not bool(shows_or_hides):
+        raise NotImplementedError(message)
     return visible
 
 

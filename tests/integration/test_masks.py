@@ -126,6 +126,18 @@ def test_a_4d_mask_with_a_bias_is_refused() -> None:
         model(FIRST, attention_mask=torch.full((1, 1, 7, 7), -0.5))
 
 
+def test_a_compiled_model_refuses_a_4d_mask_with_a_bias_too() -> None:
+    model = tiny_model("llama", "asentmax")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    hidden = torch.finfo(torch.float32).min
+    mask = torch.where(torch.ones(7, 7).tril().bool(), 0.0, hidden)[None, None]
+    with torch.no_grad():
+        shown = compiled(FIRST, attention_mask=mask, use_cache=False).logits
+        assert torch.allclose(shown, logits(model, FIRST), atol=2e-6)
+        with pytest.raises(RuntimeError, match="adds values other than 0 and minus infinity"):
+            compiled(FIRST, attention_mask=torch.full((1, 1, 7, 7), -0.5), use_cache=False)
+
+
 def test_the_length_scaling_counts_visible_keys_and_not_positions() -> None:
     """With gamma at work the output depends on n; a padded row must not count its padding."""
     model = tiny_model("llama", "asentmax", {"positions": "nope"}, num_hidden_layers=1)

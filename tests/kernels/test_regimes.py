@@ -56,6 +56,24 @@ def test_both_regimes_in_one_call(device: str, monkeypatch: pytest.MonkeyPatch) 
     assert flags.any() and not flags.all()
 
 
+def test_the_backward_pass_follows_the_forward_pass(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Turning lists off in between changes nothing: what the forward pass kept decides."""
+    from hf_asentmax.kernels import regimes
+
+    monkeypatch.setattr(regimes, "SPARSE_FROM", 128)
+    *inputs, grad = mixed(Case("mixed", q_len=256, kv_len=290, heads=1, head_dim=16), device)
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    on = entmax_attention(*leaves, backend="triton")
+    expected = torch.autograd.grad(on, leaves, grad, retain_graph=True)
+    monkeypatch.delenv("HF_ASENTMAX_LISTS")
+    for name, mine, wanted in zip(("dq", "dk", "dv"), torch.autograd.grad(on, leaves, grad), expected, strict=True):
+        assert_close(name, mine, wanted, 1e-6)
+    off = entmax_attention(*leaves, backend="triton")
+    monkeypatch.setenv("HF_ASENTMAX_LISTS", "1")
+    for name, mine, wanted in zip(("dq", "dk", "dv"), torch.autograd.grad(off, leaves, grad), expected, strict=True):
+        assert_close(name, mine, wanted, 1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(
