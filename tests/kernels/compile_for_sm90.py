@@ -53,3 +53,21 @@ for length, head_dim, dtype, alibi in (
     inputs = [torch.randn(1, 2, length, head_dim, dtype=dtype).requires_grad_() for _ in range(3)]
     slopes = torch.tensor([1.0, 0.0]) if alibi else None
     entmax_attention_triton(*inputs, alpha=1.5, scale=0.1, is_causal=True, alibi_slopes=slopes).sum().backward()
+
+for head_dim, heads, kv_heads, kv_len, alibi, mask in (
+    (128, 8, 2, 131072, False, None),
+    (128, 8, 2, 32768, True, (1, 1, 1, 32768)),
+    (64, 4, 4, 3000, False, (1, 3000)),
+):
+    query = torch.randn(1, heads, 1, head_dim, dtype=torch.bfloat16)
+    cache = torch.randn(1, kv_heads, kv_len, head_dim, dtype=torch.bfloat16)
+    entmax_attention_triton(
+        query,
+        cache,
+        cache,
+        alpha=1.5,
+        scale=0.1,
+        is_causal=mask is None or len(mask) == 2,
+        alibi_slopes=torch.ones(heads) if alibi else None,
+        attention_mask=None if mask is None else torch.ones(mask, dtype=torch.bool),
+    )

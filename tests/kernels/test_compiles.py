@@ -10,6 +10,8 @@ from pathlib import Path
 KERNELS = (
     "block_maxima_kernel",
     "candidates_kernel",
+    "decode_output_kernel",
+    "decode_scores_kernel",
     "dense_forward_kernel",
     "expand_kernel",
     "key_gradient_kernel",

@@ -1,0 +1,155 @@
+"""Launches of the two decoding kernels: which calls they take, tile sizes, workspace. Nothing waits for the device."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from .decode_output import decode_output_kernel
+from .decode_scores import Workspace, decode_scores_kernel
+from .problem import Problem, on_device, padded, rows_of
+
+__all__ = ["DecodeTiles", "decode", "decode_tiles"]
+
+_BOUND_STEPS = 6  # more list no fewer candidates
+_STEPS = 8
+_MOST_TILES_AT_ONCE = 4096
+
+
+class DecodeTiles(NamedTuple):
+    """Sizes of the two kernels.
+
+    Attributes:
+        rows: query rows a program of the first kernel; keys: keys a tile; tiles: tiles a program, a power of two.
+        warps, stages: of the first kernel.
+        parts: programs of the second kernel that share a query row.
+        room: candidates in a row's list, a multiple of 32.
+        values: values gathered at once; output_warps: warps of the second kernel.
+    """
+
+    rows: int
+    keys: int
+    tiles: int
+    warps: int
+    stages: int
+    parts: int
+    room: int
+    values: int
+    output_warps: int
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+def decode_tiles(problem: Problem) -> DecodeTiles:
+    """Sizes for a call: enough programs to fill the GPU at batch 1, few enough that none is idle for long."""
+    batch, heads, q_len, _ = problem.query.shape
+    kv_heads, kv_len = problem.key.shape[1:3]
+    processors = _multiprocessors(problem.query.device)
+    shared_rows = heads // kv_heads * q_len
+    rows = 16 if shared_rows <= 16 else 32 if shared_rows <= 32 else 64
+    exact = problem.query.dtype == torch.float32
+    keys = 128 if problem.width <= 128 and not exact else 64 if problem.width <= 128 else 32
+    stages = 1 if exact else 3 if problem.width <= 64 else 2
+    groups = batch * kv_heads * -(-shared_rows // rows)
+    tiles = 8 if q_len <= 4 else 4
+    while tiles > 1 and groups * -(-kv_len // (keys * tiles)) < 6 * processors:
+        tiles //= 2
+    parts = min(8, max(1, 2 * processors // (batch * heads * q_len)))
+    room = min(8192, -(-kv_len // 32) * 32)
+    values = 64 if problem.width <= 128 else 32
+    return DecodeTiles(rows, keys, tiles, 4, stages, parts, room, values, 4)
+
+
+def _workspace(problem: Problem, sizes: DecodeTiles) -> Workspace:
+    """Memory for a call, see decode_scores.Workspace; in one piece, as each allocation costs the host a microsecond."""
+    tiles = -(-problem.key.shape[2] // sizes.keys)
+    ends = []
+    end = 0
+    for size in (tiles * sizes.keys, tiles, tiles, sizes.room, sizes.room):
+        end += -(-size // 32) * 32
+        ends.append(end)
+    ends.append(end + sizes.parts * (padded(problem.value.shape[3]) + 32))
+    rows = problem.groups * problem.query.shape[2]
+    memory = problem.query.new_empty(rows, ends[-1] + 32, dtype=torch.float32)
+    return Workspace(memory, ends[-1] + 32, *ends)
+
+
+def _search_levels(kv_len: int) -> int:
+    return 2 if kv_len <= 64**2 else 3 if kv_len <= 64**3 else 4
+
+
+def decode(
+    problem: Problem,
+    output: torch.Tensor,
+    largest_key: torch.Tensor | None = None,
+    sizes: DecodeTiles | None = None,
+) -> None:
+    """Writes output (batch, heads, q_len, value_dim), in two launches.
+
+    Args:
+        largest_key: (batch, kv_heads) float32, at least the norm of every key; with it, ALiBi heads read no key that
+            is provably too far away. The result is the same without.
+        sizes: instead of decode_tiles's choice.
+    """
+    sizes = sizes or decode_tiles(problem)
+    batch, heads, q_len, _ = problem.query.shape
+    kv_heads, kv_len = problem.key.shape[1:3]
+    tiles = -(-kv_len // sizes.keys)
+    splits = -(-tiles // sizes.tiles)
+    row_tiles = -(-(heads // kv_heads * q_len) // sizes.rows)
+    workspace = _workspace(problem, sizes)
+    masks, constants = problem.masks, problem.constants
+    dense = problem.ranges.dense_mask
+    searched = masks.key_valid is not None if dense is None else dense.shape[1] == 1
+    at_once = min(_MOST_TILES_AT_ONCE, padded(tiles))
+    with on_device(problem.query):
+        decode_scores_kernel[(batch * kv_heads * row_tiles * splits,)](
+            rows_of(problem.query),
+            rows_of(problem.key),
+            workspace,
+            largest_key,
+            masks,
+            problem.scoring,
+            **problem.lengths,
+            tiles=tiles,
+            splits=splits,
+            BM=sizes.rows,
+            BN=sizes.keys,
+            TILES=sizes.tiles,
+            Q=1 << (q_len - 1).bit_length(),
+            SEARCH=searched,
+            LEVELS=_search_levels(kv_len),
+            D=constants["D"],
+            HEAD_DIM=constants["HEAD_DIM"],
+            PRECISION=constants["PRECISION"],
+            num_warps=sizes.warps,
+            num_stages=sizes.stages,
+        )
+        decode_output_kernel[(problem.groups * q_len * sizes.parts,)](
+            rows_of(problem.value),
+            rows_of(output),
+            workspace,
+            problem.scoring,
+            **problem.lengths,
+            tiles=tiles,
+            PARTS=sizes.parts,
+            NB=at_once,
+            ONE=tiles <= at_once,
+            BN=sizes.keys,
+            CB=2048 // sizes.keys,
+            ROOM=sizes.room,
+            FEW=512,
+            MANY=2048,
+            CV=sizes.values,
+            BOUND_STEPS=_BOUND_STEPS,
+            STEPS=_STEPS,
+            DV=constants["DV"],
+            VALUE_DIM=constants["VALUE_DIM"],
+            num_warps=sizes.output_warps,
+            num_stages=1,
+        )
