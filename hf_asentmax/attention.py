@@ -39,6 +39,7 @@ def entmax_attention(
     cu_seqlens: torch.Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    key_norm_bound: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     r"""Attention by alpha-entmax: irrelevant keys get a weight of exactly zero.
@@ -66,6 +67,9 @@ def entmax_attention(
             kv_len; a query sees its own sequence only.
         sliding_window: a query sees keys less than this far away.
         softcap: c, for c tanh(score / c) before ALiBi (Gemma 2).
+        key_norm_bound: (batch or 1, kv_heads) float, at least the norm of every key, as one keeps it with a cache.
+            Decoding then reads no key that ALiBi puts too far away to have a weight. The result is the same; too
+            small a bound makes it wrong.
         backend: "eager" (plain PyTorch, any device, float64 too), "triton" (CUDA kernels), or "auto": triton where it
             can, else eager, saying so once on a GPU.
 
@@ -90,6 +94,7 @@ def entmax_attention(
     attention_mask = _checked_attention_mask(attention_mask, query, kv_len)
     _check_alibi_slopes(alibi_slopes, heads, query.device)
     _check_cu_seqlens(cu_seqlens, query, kv_len)
+    _check_key_norm_bound(key_norm_bound, key)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
@@ -104,7 +109,9 @@ def entmax_attention(
     if backend == "triton" or (backend == "auto" and query.device.type == "cuda"):
         reason = kernels.unsupported_reason(query, key, value, **options)
         if reason is None:
-            return kernels.entmax_attention_triton(query, key, value, scale=scale, is_causal=is_causal, **options)
+            return kernels.entmax_attention_triton(
+                query, key, value, scale=scale, is_causal=is_causal, key_norm_bound=key_norm_bound, **options
+            )
         if backend == "triton":
             raise NotImplementedError(f"backend='triton' can't run this call: {reason}")
         _warn_once(f"entmax_attention runs in plain PyTorch (slow, memory square in length): {reason}")
@@ -218,6 +225,20 @@ def _check_alibi_slopes(slopes: torch.Tensor | None, heads: int, device: torch.d
         raise ValueError(f"alibi_slopes is on {slopes.device}, query on {device}")
     if _values_can_be_read(slopes) and not bool(((slopes >= 0) & (slopes < torch.inf)).all()):
         raise ValueError(f"alibi_slopes must be finite and at least 0, got {slopes.tolist()}")
+
+
+def _check_key_norm_bound(bound: torch.Tensor | None, key: torch.Tensor) -> None:
+    if bound is None:
+        return
+    batch, kv_heads = key.shape[:2]
+    if not isinstance(bound, torch.Tensor) or not bound.is_floating_point():
+        raise TypeError(f"key_norm_bound must be a floating point tensor, got {_kind(bound)}")
+    if tuple(bound.shape) not in ((batch, kv_heads), (1, kv_heads)):
+        raise ValueError(
+            f"key_norm_bound must be ({batch} or 1, {kv_heads}), one norm a key head, got {tuple(bound.shape)}"
+        )
+    if bound.device != key.device:
+        raise ValueError(f"key_norm_bound is on {bound.device}, key on {key.device}")
 
 
 def _check_cu_seqlens(cu_seqlens: torch.Tensor | None, query: torch.Tensor, kv_len: int) -> None:

@@ -75,6 +75,7 @@ def entmax_attention_triton(
     cu_seqlens: torch.Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    key_norm_bound: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """entmax_attention by the kernels, differentiable in query, key and value.
 
@@ -83,8 +84,23 @@ def entmax_attention_triton(
     Returns:
         (batch, heads, q_len, value_dim), of query's type (of autocast's type under autocast).
     """
+    from .decode_op import decode_attention, decodes
     from .op import attention
 
+    if decodes(query, key, value, cu_seqlens):
+        return decode_attention(
+            query,
+            key,
+            value,
+            alpha=alpha,
+            scale=scale,
+            is_causal=is_causal,
+            attention_mask=attention_mask,
+            alibi_slopes=alibi_slopes,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            key_norm_bound=key_norm_bound,
+        )
     return attention(
         query,
         key,

@@ -86,14 +86,14 @@ def _search_levels(kv_len: int) -> int:
 def decode(
     problem: Problem,
     output: torch.Tensor,
-    largest_key: torch.Tensor | None = None,
+    key_norm_bound: torch.Tensor | None = None,
     sizes: DecodeTiles | None = None,
 ) -> None:
     """Writes output (batch, heads, q_len, value_dim), in two launches.
 
     Args:
-        largest_key: (batch, kv_heads) float32, at least the norm of every key; with it, ALiBi heads read no key that
-            is provably too far away. The result is the same without.
+        key_norm_bound: (batch or 1, kv_heads) float32, at least the norm of every key; with it, ALiBi heads read no
+            key that is provably too far away. The result is the same without.
         sizes: instead of decode_tiles's choice.
     """
     sizes = sizes or decode_tiles(problem)
@@ -112,7 +112,8 @@ def decode(
             rows_of(problem.query),
             rows_of(problem.key),
             workspace,
-            largest_key,
+            key_norm_bound,
+            0 if key_norm_bound is None or key_norm_bound.shape[0] == 1 else kv_heads,
             masks,
             problem.scoring,
             **problem.lengths,

@@ -107,7 +107,7 @@ def _visible_span(masks, batch, low, high, first_key, q_len, kv_len, Q: tl.const
 
 @triton.jit(do_not_specialize=["kv_len", "tiles", "splits"])
 def decode_scores_kernel(
-    query, key, workspace, largest_key, masks, scoring, heads, kv_heads, q_len, kv_len, tiles, splits,
+    query, key, workspace, norm_bound, norm_bound_batch, masks, scoring, heads, kv_heads, q_len, kv_len, tiles, splits,
     BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, Q: tl.constexpr, SEARCH: tl.constexpr,
     LEVELS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -116,7 +116,7 @@ def decode_scores_kernel(
     Args:
         query, key: Rows.
         workspace: Workspace; scores and maxima are written, finished is set to 0.
-        largest_key: (batch, kv_heads) float32, at least the norm of every key, or None: not known.
+        norm_bound: float32, at norm_bound_batch batch + kv_head at least the norm of every key, or None: not known.
         tiles: ceil(kv_len / BN); splits: ceil(tiles / TILES).
         Q: a power of two of at least q_len. SEARCH: skip tiles at either end that the masks hide.
         LEVELS: 64^LEVELS >= kv_len.
@@ -141,8 +141,8 @@ def decode_scores_kernel(
     slope = tl.zeros([BM], tl.float32)
     if scoring.slopes is not None:
         slope = tl.load(scoring.slopes + head, mask=exists, other=0.0) * scoring.slope_factor
-        if largest_key is not None:
-            reach = _reach(q, tl.load(largest_key + batch * kv_heads + kv_head), scoring, slope)
+        if norm_bound is not None:
+            reach = _reach(q, tl.load(norm_bound + batch * norm_bound_batch + kv_head), scoring, slope)
             reach += _nearest_visible(masks, batch, head, rows, position, exists, kv_len, LEVELS)
             start = tl.maximum(start, position - reach)
             stop = tl.minimum(stop, position + reach + 1)

@@ -8,11 +8,7 @@ import torch
 
 from .row_ranges import RowRanges, row_ranges
 
-__all__ = ["DECODE_FROM", "MOST_DECODE_ROWS", "attention"]
-
-# Queries up to which, and keys from which, a call without gradients goes to the decoding kernels.
-MOST_DECODE_ROWS = 16
-DECODE_FROM = 256
+__all__ = ["attention"]
 
 
 def _problem(
@@ -139,43 +135,6 @@ def _differentiate(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.
 _forward.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-@torch.library.custom_op("hf_asentmax::entmax_decode", mutates_args=())
-def _decode(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    slopes: torch.Tensor | None,
-    key_valid: torch.Tensor | None,
-    dense_mask: torch.Tensor | None,
-    largest_key: torch.Tensor | None,
-    alpha: float,
-    scale: float,
-    is_causal: bool,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """The output of a few queries against many keys, without what a backward pass needs."""
-    from .decode_launch import decode
-
-    ranges = RowRanges(None, None, key_valid, None, dense_mask)
-    problem = _problem(query, key, value, slopes, ranges, alpha, scale, is_causal, sliding_window, softcap)
-    output = _new_output(query, value)
-    decode(problem, output, largest_key)
-    return output
-
-
-@_decode.register_fake
-def _(query, key, value, *rest):
-    return _new_output(query, value)
-
-
-def _decodes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor | None) -> bool:
-    """Whether a call is one for the decoding kernels."""
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    q_len, kv_len = query.shape[2], key.shape[2]
-    return q_len <= MOST_DECODE_ROWS and kv_len > DECODE_FROM and cu_seqlens is None and not needs_grad
-
-
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -194,13 +153,7 @@ def attention(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    slopes = None if alibi_slopes is None else alibi_slopes.detach().to(torch.float32).contiguous()
-    if _decodes(query, key, value, cu_seqlens):
-        padding = attention_mask is not None and attention_mask.ndim == 2
-        key_valid = attention_mask.contiguous() if attention_mask is not None and padding else None
-        dense_mask = None if padding else attention_mask
-        options = (alpha, scale, is_causal, sliding_window, softcap)
-        return _decode(query, key, value, slopes, key_valid, dense_mask, None, *options)
     ranges = row_ranges(query.shape[2], key.shape[2], attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+    slopes = None if alibi_slopes is None else alibi_slopes.detach().to(torch.float32).contiguous()
     output = _forward(query, key, value, slopes, *ranges, alpha, scale, is_causal, sliding_window, softcap)
     return output[0]

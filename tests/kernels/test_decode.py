@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from hf_asentmax import entmax_attention
-from hf_asentmax.kernels import decode_launch, op
+from hf_asentmax.kernels import decode_launch, decode_op
 from hf_asentmax.kernels.decode_launch import DecodeTiles
 from hf_asentmax.kernels.problem import Problem
 from hf_asentmax.kernels.row_ranges import RowRanges
@@ -80,7 +80,7 @@ def _gpu_cases() -> list[Case]:
 def check(case: Case, device: str) -> None:
     query, key, value, _ = tensors(case, device)
     settings = options(case, device)
-    assert op._decodes(query, key, value, None)
+    assert decode_op.decodes(query, key, value, None)
     actual = entmax_attention(query, key, value, backend="triton", **settings)
     expected = entmax_attention(query.double(), key.double(), value.double(), backend="eager", **settings)
     tolerance = max(TOLERANCES[case.dtype], 5e-4 if case.kind == "huge" else 0.0)
@@ -104,7 +104,7 @@ def decoded(
     *,
     slopes: torch.Tensor | None = None,
     dense_mask: torch.Tensor | None = None,
-    largest_key: torch.Tensor | None = None,
+    key_norm_bound: torch.Tensor | None = None,
     **changes: int,
 ) -> torch.Tensor:
     """The kernels with some sizes other than those of decode_tiles."""
@@ -113,7 +113,7 @@ def decoded(
     problem = Problem(query, key, value, 1.5, query.shape[3] ** -0.5, causal, None, None, slopes, ranges)
     output = torch.full((*query.shape[:3], value.shape[3]), 7.0, dtype=query.dtype, device=query.device)
     sizes: DecodeTiles = decode_launch.decode_tiles(problem)._replace(**changes)
-    decode_launch.decode(problem, output, largest_key, sizes)
+    decode_launch.decode(problem, output, key_norm_bound, sizes)
     return output
 
 
@@ -181,7 +181,7 @@ def test_keys_out_of_an_alibi_heads_reach_are_not_read(static: bool, device: str
         is_causal=mask is None,
     )
     key[:, :, : filled - 384] = float("nan")
-    actual = decoded(query, key, value, slopes=slopes, dense_mask=mask, largest_key=norms)
+    actual = decoded(query, key, value, slopes=slopes, dense_mask=mask, key_norm_bound=norms)
     assert_close("output", actual, expected, 1e-5)
 
 
@@ -233,19 +233,19 @@ def test_each_step_equals_the_full_forward(device: str) -> None:
 
 def test_calls_with_gradients_and_others_take_the_other_way(device: str) -> None:
     query, key, value, _ = tensors(Case("route", q_len=2, kv_len=300, head_dim=16), device)
-    assert op._decodes(query, key, value, None)
-    assert not op._decodes(query, key[:, :, : op.DECODE_FROM], value[:, :, : op.DECODE_FROM], None)
-    assert not op._decodes(query.expand(-1, -1, -1, -1).repeat(1, 1, 20, 1), key, value, None)
+    assert decode_op.decodes(query, key, value, None)
+    assert not decode_op.decodes(query, key[:, :, : decode_op.DECODE_FROM], value[:, :, : decode_op.DECODE_FROM], None)
+    assert not decode_op.decodes(query.expand(-1, -1, -1, -1).repeat(1, 1, 20, 1), key, value, None)
     query.requires_grad_()
-    assert not op._decodes(query, key, value, None)
+    assert not decode_op.decodes(query, key, value, None)
     with torch.no_grad():
-        assert op._decodes(query, key, value, None)
+        assert decode_op.decodes(query, key, value, None)
 
 
 def test_the_operator_passes_opcheck(device: str) -> None:
     query, key, value, _ = tensors(Case("op", q_len=2, kv_len=300, heads=1, head_dim=16), device)
     settings = (1.5, 0.25, True, None, None)
-    torch.library.opcheck(op._decode, (query, key, value, None, None, None, None, *settings))
+    torch.library.opcheck(decode_op._decode, (query, key, value, None, None, None, None, *settings))
 
 
 @torch.no_grad()

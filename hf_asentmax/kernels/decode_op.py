@@ -1,0 +1,80 @@
+"""Decoding as a PyTorch operator: a few queries against a long cache, without what a backward pass needs."""
+
+from __future__ import annotations
+
+import torch
+
+from .op import _new_output, _problem
+from .row_ranges import RowRanges
+
+__all__ = ["DECODE_FROM", "MOST_DECODE_ROWS", "decode_attention", "decodes"]
+
+# Queries up to which, and keys from which, a call without gradients goes to the decoding kernels.
+MOST_DECODE_ROWS = 16
+DECODE_FROM = 256
+
+
+def decodes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor | None) -> bool:
+    """Whether a call is one for the decoding kernels."""
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    q_len, kv_len = query.shape[2], key.shape[2]
+    return q_len <= MOST_DECODE_ROWS and kv_len > DECODE_FROM and cu_seqlens is None and not needs_grad
+
+
+@torch.library.custom_op("hf_asentmax::entmax_decode", mutates_args=())
+def _decode(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slopes: torch.Tensor | None,
+    key_valid: torch.Tensor | None,
+    dense_mask: torch.Tensor | None,
+    key_norm_bound: torch.Tensor | None,
+    alpha: float,
+    scale: float,
+    is_causal: bool,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    from .decode_launch import decode
+
+    ranges = RowRanges(None, None, key_valid, None, dense_mask)
+    problem = _problem(query, key, value, slopes, ranges, alpha, scale, is_causal, sliding_window, softcap)
+    output = _new_output(query, value)
+    decode(problem, output, key_norm_bound)
+    return output
+
+
+@_decode.register_fake
+def _(query, key, value, *rest):
+    return _new_output(query, value)
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    alpha: float,
+    scale: float,
+    is_causal: bool,
+    attention_mask: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    key_norm_bound: torch.Tensor | None,
+) -> torch.Tensor:
+    """entmax_attention by the decoding kernels, where `decodes`; masks are read as they come, by the kernels."""
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    key_valid = dense_mask = slopes = bound = None
+    if attention_mask is not None and attention_mask.ndim == 2:
+        key_valid = attention_mask.contiguous()
+    else:
+        dense_mask = attention_mask
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(torch.float32).contiguous()
+        bound = None if key_norm_bound is None else key_norm_bound.to(torch.float32).contiguous()
+    options = (alpha, scale, is_causal, sliding_window, softcap)
+    return _decode(query, key, value, slopes, key_valid, dense_mask, bound, *options)
