@@ -122,7 +122,6 @@ def query_gradient_kernel(
     tl.debug_barrier()
 
     start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
-    stop = tl.minimum(stop, kv_len)
     q = load_rows(query, batch, head, first_row, BM, q_len, True, D, HEAD_DIM)
     do = load_rows(grad, batch, head, first_row, BM, q_len, True, DV, VALUE_DIM)
     tau = tl.load(tau_in + group.to(tl.int64) * q_len + rows, mask=rows < q_len, other=float("inf"))
@@ -168,7 +167,6 @@ def _key_gradient_pass(
         excess = excess_over(score, tau[None, :])
         if MASKED:
             start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
-            stop = tl.minimum(stop, kv_len)
             seen = visible_pairs(
                 masks, batch, head, rows[None, :], keys[:, None], start[None, :], stop[None, :], q_len, kv_len
             )

@@ -32,7 +32,8 @@ class DenseState(NamedTuple):
         tau: (batch, heads, q_len) float32 threshold of (alpha - 1) z; +inf for rows without a visible key.
         mean_value: (batch, heads, q_len, value_dim), sum_j s_j v_j / sum_j s_j with s = p^(2 - alpha).
         block_map: (batch * heads, row blocks, key blocks) uint8, see dense_forward.KEY_BLOCK.
-            Where one program does a head (tiles.regime "single"), mean_value and block_map are empty.
+            Where one program does a head (tiles.regime "single"), or no backward pass follows, mean_value and
+            block_map are empty.
     """
 
     tau: torch.Tensor
@@ -40,33 +41,38 @@ class DenseState(NamedTuple):
     block_map: torch.Tensor
 
 
+# Keys up to which the forward pass takes class maxima without trying a sample first (ALiBi's reach needs one).
+UNSAMPLED_KEYS = 1024
+
+
 def _blocks(length: int, size: int) -> int:
     return -(-length // size)
 
 
-def _tolerances(problem: Problem) -> tuple[float, float]:
+def _tolerances(problem: Problem, for_backward: bool) -> tuple[float, float]:
     """(near_enough, accepted) of dense_forward_kernel, as distances of the norm from 1.
 
-    The step in closed form leaves an error of about accepted squared. A step of the passes leaves the cube of the
-    distance for alpha = 1.5, the square for other alpha.
+    The step in closed form leaves an error of about accepted squared; without it (where no backward pass follows) the
+    output is normalised, which leaves a tenth of accepted on most rows. A step of the passes leaves at most the cube of
+    the distance for alpha = 1.5 (simulated), at most four times the square for other alpha.
     """
     accepted = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 6e-3}[problem.query.dtype]
-    return ((accepted / 4) ** (1 / 3) if problem.alpha == 1.5 else (accepted / 4) ** 0.5), accepted
+    if not for_backward:
+        accepted /= 4.0
+    return (accepted ** (1 / 3) if problem.alpha == 1.5 else (accepted / 4) ** 0.5), accepted
 
 
-def new_dense_state(problem: Problem, *, with_mean: bool = True) -> DenseState:
-    """Fresh state: an empty block map, and memory for the rest (none for mean_value unless with_mean)."""
+def new_dense_state(problem: Problem, *, for_backward: bool = True) -> DenseState:
+    """Fresh state: an empty block map, and memory for the rest (tau alone if no backward pass will follow)."""
     query, value = problem.query, problem.value
     batch, heads, q_len, _ = query.shape
     tau = query.new_empty(batch, heads, q_len, dtype=torch.float32)
-    if regime(problem) == "single":
+    if not for_backward or regime(problem) == "single":
         return DenseState(tau, query.new_empty(0), query.new_empty(0, dtype=torch.uint8))
     row_blocks = _blocks(q_len, map_rows(problem))
     key_blocks = _blocks(problem.key.shape[2], KEY_BLOCK)
-    shape = (batch * heads, row_blocks, key_blocks)
-    block_map = query.new_zeros(shape, dtype=torch.uint8)
-    mean_shape = (batch, heads, q_len, value.shape[3]) if with_mean else (0,)
-    return DenseState(tau, query.new_empty(mean_shape), block_map)
+    block_map = query.new_zeros((batch * heads, row_blocks, key_blocks), dtype=torch.uint8)
+    return DenseState(tau, query.new_empty(batch, heads, q_len, value.shape[3]), block_map)
 
 
 def largest_key_norms(problem: Problem) -> torch.Tensor:
@@ -81,7 +87,7 @@ def largest_key_norms(problem: Problem) -> torch.Tensor:
 
 
 def _short_forward(problem: Problem, output: torch.Tensor, state: DenseState) -> None:
-    alone = regime(problem) == "single"
+    alone = state.block_map.numel() == 0
     rows = short_rows(problem)
     kv_len = problem.key.shape[2]
     width = padded(kv_len)
@@ -96,6 +102,7 @@ def _short_forward(problem: Problem, output: torch.Tensor, state: DenseState) ->
         problem.masks,
         problem.scoring,
         **problem.lengths,
+        near_enough=5e-4 if problem.query.dtype == torch.float32 else 1e-2,
         BM=rows,
         W=width,
         W_SMALL=width // 2 if width >= 2 * rows else width,
@@ -126,18 +133,20 @@ def dense_forward(
             _short_forward(problem, output, state)
         return
     tiles = forward_tiles(problem)
-    near_enough, accepted = _tolerances(problem)
+    alone = state.block_map.numel() == 0
+    near_enough, accepted = _tolerances(problem, not alone)
+    columns = 128 if problem.key.shape[2] > UNSAMPLED_KEYS and problem.query.dtype != torch.float32 else 64
     if largest_key is None and problem.slopes is not None:
         largest_key = largest_key_norms(problem)
     with on_device(problem.query):
-        dense_forward_kernel[(state.block_map.shape[0] * state.block_map.shape[1],)](
+        dense_forward_kernel[(problem.groups * _blocks(problem.query.shape[2], tiles.rows),)](
             rows_of(problem.query),
             rows_of(problem.key),
             rows_of(problem.value),
             rows_of(output),
-            rows_of(state.mean_value),
+            None if alone else rows_of(state.mean_value),
             state.tau,
-            state.block_map,
+            None if alone else state.block_map,
             largest_key,
             active,
             problem.masks,
@@ -149,7 +158,8 @@ def dense_forward(
             BN=tiles.keys,
             KB=KEY_BLOCK,
             ACTIVE_ROWS=ACTIVE_ROWS,
-            SAMPLE=128 if problem.key.shape[2] > 1024 and problem.query.dtype != torch.float32 else 64,
+            SAMPLE=columns if problem.key.shape[2] > UNSAMPLED_KEYS or problem.slopes is not None else 0,
+            CLASSES=columns,
             **problem.constants,
             P_SCALE=problem.weight_scale,
             num_warps=tiles.warps,

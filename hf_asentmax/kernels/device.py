@@ -78,12 +78,15 @@ class Scoring(NamedTuple):
 
 @triton.jit
 def visible_interval(masks, batch, rows, q_len, kv_len):
-    """(start, stop) int32 of the keys that each row may see; start >= stop for rows that see none or do not exist."""
+    """(start, stop) int32 of the keys that each row may see, start >= 0 and stop <= kv_len.
+
+    start >= stop for rows that see none or do not exist.
+    """
     position = rows + (kv_len - q_len)
     start = rows * 0
     stop = start + kv_len
     if masks.causal:
-        stop = position + 1
+        stop = tl.minimum(position + 1, kv_len)
     if masks.window is not None:
         start = tl.maximum(start, position - masks.window + 1)
         stop = tl.minimum(stop, position + masks.window)
@@ -98,12 +101,15 @@ def visible_interval(masks, batch, rows, q_len, kv_len):
 def visible_pairs(masks, batch, head, rows, keys, start, stop, q_len, kv_len):
     """bool (rows, keys), or (keys, rows) if the arguments come transposed: does the row see the key?
 
-    rows, start and stop share one shape, keys has the other; both are given expanded.
+    rows, start and stop share one shape, keys >= 0 has the other; both are given expanded. start and stop are
+    visible_interval's: where nothing but causality limits the rows, start is 0 and is not looked at.
     """
-    exists = (keys >= 0) & (keys < kv_len)
+    visible = keys < stop
+    if (masks.window is not None) or (masks.start is not None):
+        visible = visible & (keys >= start)
     if masks.key_valid is not None:
-        exists = tl.load(masks.key_valid + batch.to(tl.int64) * kv_len + keys, mask=exists, other=0) != 0
-    visible = (keys >= start) & (keys < stop) & exists
+        valid = tl.load(masks.key_valid + batch.to(tl.int64) * kv_len + keys, mask=keys < kv_len, other=0)
+        visible = visible & (valid != 0)
     if masks.dense is not None:
         offset = batch.to(tl.int64) * masks.dense_batch + head * masks.dense_head
         offset += rows.to(tl.int64) * masks.dense_row + keys * masks.dense_key

@@ -1,8 +1,8 @@
 r"""Alpha-entmax attention for short rows, at most 512 keys: all scores of a block of rows stay in registers.
 
 Newton's method on ||[u - tau]_+||_p = 1 (see dense_forward) starts at max u - 1, a rigorous lower bound, and runs to
-working precision without touching memory. Up to 128 keys one program also holds all rows of a head, so that the whole
-backward pass is one kernel: nothing but tau is saved for it, and no program waits for another.
+the precision of the output's type without touching memory. Up to 128 keys one program also holds all rows of a head,
+so that the whole backward pass is one kernel: nothing but tau is saved for it, and no program waits for another.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ _MAX_STEPS = tl.constexpr(16)
 
 
 @triton.jit
-def _solve(score, exponent: tl.constexpr):
-    """tau of each row of scores (-inf where masked), +inf for rows without a key."""
+def _solve(score, near_enough, exponent: tl.constexpr):
+    """tau of each row of scores (-inf where masked), +inf for rows without a key.
+
+    near_enough: how far the norm may be from 1 before the last step, which leaves about the square of it.
+    """
     top = tl.max(score, 1)
     some = top > float("-inf")
     tau = tl.where(some, top - 1.0, float("inf"))
@@ -44,15 +47,14 @@ def _solve(score, exponent: tl.constexpr):
             step = (norm - 1.0) * total / (norm * tl.where(some, tl.sum(s, 1), 1.0))
             tau += tl.where(some, tl.maximum(step, 0.0), 0.0)
             residual = tl.where(some & (step > 2e-7 * tl.abs(tau)), norm - 1.0, 0.0)
-            # the next residual is about the square of this one
-            going = tl.max(residual, 0) > 5e-4
+            going = tl.max(residual, 0) > near_enough
     return tau
 
 
 @triton.jit
 def _short_rows(
     q, key, value, output, mean_value, masks, scoring, slope, batch, head, kv_head, first_row, rows, base,
-    row_position, start, stop, low, q_len, kv_len,
+    row_position, start, stop, low, q_len, kv_len, near_enough,
     W: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
     PRECISION: tl.constexpr, P_SCALE: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +67,7 @@ def _short_rows(
     )  # fmt: skip
     seen = visible_pairs(masks, batch, head, rows[:, None], keys[None, :], start[:, None], stop[:, None], q_len, kv_len)
     score = tl.where(seen, score, float("-inf"))
-    tau = _solve(score, scoring.exponent)
+    tau = _solve(score, near_enough, scoring.exponent)
     p, s = support_powers(excess_over(score, tau[:, None]), scoring.exponent)
     v = load_rows(value, batch, kv_head, low, W, kv_len, True, DV, VALUE_DIM)
     weighted = tl.dot((p * P_SCALE).to(v.dtype), v, input_precision=PRECISION) * (1.0 / P_SCALE)
@@ -81,7 +83,7 @@ def _short_rows(
 @triton.jit
 def short_forward_kernel(
     query, key, value, output, mean_value, tau_out, block_map,
-    masks, scoring, heads, kv_heads, q_len, kv_len,
+    masks, scoring, heads, kv_heads, q_len, kv_len, near_enough,
     BM: tl.constexpr, W: tl.constexpr, W_SMALL: tl.constexpr, KB: tl.constexpr, MAP_BLOCKS: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
     PRECISION: tl.constexpr, P_SCALE: tl.constexpr,
@@ -93,6 +95,7 @@ def short_forward_kernel(
         tau_out: (batch * heads, q_len) float32; +inf for rows without a visible key.
         block_map: (batch * heads, row blocks, key blocks) uint8 for the dense backward pass, or None; all written.
         W_SMALL: row blocks that see at most so many keys (first rows of a causal triangle) work on that many.
+        near_enough: see _solve.
         MAP_BLOCKS: a power of two that holds the number of key blocks.
     """
     row_blocks = tl.cdiv(q_len, BM)
@@ -107,8 +110,6 @@ def short_forward_kernel(
     base = first_row + kv_len - q_len
     row_position = tl.arange(0, BM).to(tl.float32)
     start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
-    start = tl.maximum(start, 0)
-    stop = tl.minimum(stop, kv_len)
     sees = start < stop
     high = tl.max(tl.where(sees, stop, 0), 0)
     low = tl.minimum(tl.min(tl.where(sees, start, kv_len), 0), high)
@@ -121,19 +122,19 @@ def short_forward_kernel(
         if high - low <= W_SMALL:
             tau = _short_rows(
                 q, key, value, output, mean_value, masks, scoring, slope, batch, head, kv_head, first_row, rows, base,
-                row_position, start, stop, low, q_len, kv_len,
+                row_position, start, stop, low, q_len, kv_len, near_enough,
                 W_SMALL, D, HEAD_DIM, DV, VALUE_DIM, PRECISION, P_SCALE,
             )  # fmt: skip
         else:
             tau = _short_rows(
                 q, key, value, output, mean_value, masks, scoring, slope, batch, head, kv_head, first_row, rows, base,
-                row_position, start, stop, low, q_len, kv_len,
+                row_position, start, stop, low, q_len, kv_len, near_enough,
                 W, D, HEAD_DIM, DV, VALUE_DIM, PRECISION, P_SCALE,
             )  # fmt: skip
     else:
         tau = _short_rows(
             q, key, value, output, mean_value, masks, scoring, slope, batch, head, kv_head, first_row, rows, base,
-            row_position, start, stop, low, q_len, kv_len,
+            row_position, start, stop, low, q_len, kv_len, near_enough,
             W, D, HEAD_DIM, DV, VALUE_DIM, PRECISION, P_SCALE,
         )  # fmt: skip
     tl.store(tau_out + group.to(tl.int64) * q_len + rows, tau, mask=rows < q_len)
@@ -169,7 +170,6 @@ def short_backward_kernel(
     rows = tl.arange(0, BM)
     keys = tl.arange(0, W)
     start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
-    stop = tl.minimum(stop, kv_len)
     zero = kv_head * 0
     k = load_rows(key, batch, kv_head, zero, W, kv_len, True, D, HEAD_DIM)
     v = load_rows(value, batch, kv_head, zero, W, kv_len, True, DV, VALUE_DIM)
