@@ -15,6 +15,7 @@ from .problem import Problem, on_device, rows_of
 from .sparse_backward import fixed_to_float_kernel, list_backward_kernel
 from .sparse_bounds import row_bounds_kernel
 from .sparse_lists import expand_kernel, list_forward_kernel
+from .sparse_pilot import SAMPLED_KEYS, SAMPLED_ROWS, pilot_kernel
 from .sparse_scores import block_maxima_kernel, candidates_kernel
 
 __all__ = [
@@ -170,18 +171,24 @@ def sparse_forward(
     dims = {name: constants[name] for name in ("D", "HEAD_DIM")}
     value_dims = {name: constants[name] for name in ("DV", "VALUE_DIM")}
     with on_device(query):
+        pilot_kernel[(overflow.numel(),)](
+            q, k, largest_key, overflow, masks, scoring, **lengths, ROOM=tiles.room, ROW_BLOCK=ROW_BLOCK,
+            R=SAMPLED_ROWS, SAMPLE=SAMPLED_KEYS, **dims, PRECISION=constants["PRECISION"],
+            num_warps=1 if query.itemsize == 2 and dims["D"] <= 64 else 4,
+        )  # fmt: skip
         for first in range(0, all_tiles, at_once):
             count = min(at_once, all_tiles - first)
             common = {**lengths, "first_tile": first, "BM": tiles.rows}
             block_maxima_kernel[(count,)](
-                q, k, maxima, tops, spans, largest_key, masks, scoring, **common, blocks=blocks,
-                BN=tiles.maxima_keys, BLOCK=tiles.block, **dims, PRECISION=constants["PRECISION"],
+                q, k, maxima, tops, spans, largest_key, overflow, masks, scoring, **common, blocks=blocks,
+                BN=tiles.maxima_keys, BLOCK=tiles.block, ROW_BLOCK=ROW_BLOCK, **dims,
+                PRECISION=constants["PRECISION"],
                 num_warps=tiles.maxima_warps, num_stages=tiles.maxima_stages, maxnreg=tiles.maxima_registers,
             )  # fmt: skip
             row_bounds_kernel[(count,)](
                 q, maxima, tops, spans, largest_key, scoring, bounds, active, active_counts, overflow,
-                **common, blocks=blocks, STEPS=tiles.steps, ROOM=tiles.words, ROW_BLOCK=ROW_BLOCK,
-                UNIT=tiles.bound_unit, **dims, num_warps=tiles.bound_warps,
+                **common, blocks=blocks, STEPS=tiles.steps, ROOM=tiles.words, LIST_ROOM=tiles.room,
+                ROW_BLOCK=ROW_BLOCK, UNIT=tiles.bound_unit, **dims, num_warps=tiles.bound_warps,
             )  # fmt: skip
             candidates_kernel[(count,)](
                 q, k, bounds, active, active_counts, entries, entry_counts, masks, scoring, **common, blocks=blocks,

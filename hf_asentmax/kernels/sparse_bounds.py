@@ -16,6 +16,8 @@ __all__ = ["row_bounds_kernel"]
 
 # The passes over the scores and the gather on the list sum q k in different orders, each within this share of |q||k|.
 _PRODUCT_ROUNDING = tl.constexpr(2.0**-16)
+# Blocks from which on the number of them that hold a candidate tells how many candidates there are.
+_TELLING_BLOCKS = tl.constexpr(48)
 
 
 @triton.jit
@@ -48,17 +50,30 @@ def _list_active(active, maxima, bound, first, last, total, crowd, index, UNIT: 
     return total, crowd
 
 
+@triton.jit
+def _most_blocks(seen, ROOM: tl.constexpr, LIST_ROOM: tl.constexpr):
+    """How many of `seen` blocks may hold a candidate of a row, float32: with more, its list will hardly fit.
+
+    n keys spread at random leave a block empty with probability exp(-n / seen). So more blocks than n = 5/4 LIST_ROOM
+    keys would touch say that there are about so many; keys that stand together touch fewer blocks.
+    """
+    seen = tl.maximum(seen, 1).to(tl.float32)
+    touched = seen * (1.0 - tl.exp(-1.25 * LIST_ROOM / seen))
+    return tl.where(seen >= _TELLING_BLOCKS, tl.minimum(touched, ROOM), ROOM)
+
+
 @triton.jit(do_not_specialize=["first_tile", "blocks"])
 def row_bounds_kernel(
     query, maxima, tops, spans, largest_key, scoring, bounds, active, active_counts, overflow,
     heads, kv_heads, q_len, kv_len, first_tile, blocks,
-    STEPS: tl.constexpr, ROOM: tl.constexpr, ROW_BLOCK: tl.constexpr, UNIT: tl.constexpr, BM: tl.constexpr,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    STEPS: tl.constexpr, ROOM: tl.constexpr, LIST_ROOM: tl.constexpr, ROW_BLOCK: tl.constexpr, UNIT: tl.constexpr,
+    BM: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM query rows: bounds on tau, and the key blocks that `candidates_kernel` has to visit.
 
-    A row with more blocks above its bound than ROOM has more candidates than that: its row block overflows now, and
-    none of the tile's key blocks are listed. So do rows whose scores are no finite numbers.
+    A row with more blocks above its bound than ROOM has more words than that; one with so many that more than LIST_ROOM
+    keys must be expected in them is taken to have them: its row block overflows now, and none of the tile's key blocks
+    are listed. So do rows whose scores are no finite numbers.
 
     Args:
         query: Rows.
@@ -82,6 +97,10 @@ def row_bounds_kernel(
     full_low = tl.load(spans + slot * 4 + 1)
     full_high = tl.load(spans + slot * 4 + 2)
     high = tl.load(spans + slot * 4 + 3)
+    if high == 0:  # no row sees a key, or the row block is left to the dense regime
+        tl.store(bounds + slot * BM + index, float("inf"))
+        tl.store(active_counts + slot * 2 + tl.arange(0, 2), 0)
+        return
     maxima += slot * blocks * BM
     top = tl.load(tops + slot * BM + index)
     exists = first_row + index < q_len
@@ -122,7 +141,8 @@ def row_bounds_kernel(
     masked, crowd = _list_active(active, maxima, bound, low, full_low, masked, crowd, index, UNIT, BM)
     masked, crowd = _list_active(active, maxima, bound, full_high, high, masked, crowd, index, UNIT, BM)
     total_listed, crowd = _list_active(active, maxima, bound, full_low, full_high, masked, crowd, index, UNIT, BM)
-    if tl.max(tl.where(strange, ROOM + 1, tl.sum(crowd, 0)), 0) > ROOM:
+    fullest = tl.max(tl.where(strange, ROOM + 1, tl.sum(crowd, 0)), 0)
+    if fullest.to(tl.float32) > _most_blocks(high - low, ROOM, LIST_ROOM):
         row_blocks = tl.cdiv(q_len, ROW_BLOCK)
         tl.store(overflow + group.to(tl.int64) * row_blocks + first_row // ROW_BLOCK, 1)
         masked = 0

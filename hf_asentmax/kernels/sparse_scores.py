@@ -128,11 +128,14 @@ def _alibi_low(q, key, masks, scoring, slope, largest_key, batch, kv_head, rows,
 
 @triton.jit(do_not_specialize=["first_tile", "blocks"])
 def block_maxima_kernel(
-    query, key, maxima, tops, spans, largest_key, masks, scoring, heads, kv_heads, q_len, kv_len, first_tile, blocks,
-    BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query, key, maxima, tops, spans, largest_key, overflow, masks, scoring,
+    heads, kv_heads, q_len, kv_len, first_tile, blocks,
+    BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, D: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One tile of BM query rows of one head: the maximum score of each row in each block of BLOCK keys.
+
+    A tile of a row block that has overflowed already is left as one that sees no key, so that nothing after has work.
 
     Args:
         query, key: Rows.
@@ -142,12 +145,18 @@ def block_maxima_kernel(
         spans: (tiles, 4) int32: key blocks [span0, span3) may hold weights; those of [span1, span2) are seen by every
             row and carry no ALiBi.
         largest_key: (batch * kv_heads,) float32, the largest Euclidean norm of a key.
+        overflow: (batch * heads, ceil(q_len / ROW_BLOCK)) uint8, 1 for row blocks to leave alone.
         first_tile: number of this launch's first tile, counted over batch, heads and row tiles.
         blocks: key blocks of BLOCK that the row of `maxima` has room for.
     """
     slot = tl.program_id(0).to(tl.int64)
     batch, head, kv_head, first_row = _tile_of(first_tile, heads, kv_heads, q_len, BM)
     index = tl.arange(0, BM)
+    row_block = (batch * heads + head) * tl.cdiv(q_len, ROW_BLOCK) + first_row // ROW_BLOCK
+    if tl.load(overflow + row_block) != 0:
+        tl.store(spans + slot * 4 + tl.arange(0, 4), 0)
+        tl.store(tops + slot * BM + index, float("-inf"))
+        return
     rows = first_row + index
     start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
     start = tl.maximum(start, 0)
@@ -242,6 +251,9 @@ def candidates_kernel(
     count = tl.zeros([BM], tl.int32)
     masked = tl.load(active_counts + slot * 2)
     total = tl.load(active_counts + slot * 2 + 1)
+    if total == 0:
+        tl.store(entry_counts + slot * BM + index, count)
+        return
     batch, head, kv_head, first_row = _tile_of(first_tile, heads, kv_heads, q_len, BM)
     rows = first_row + index
     bound = tl.load(bounds + slot * BM + index)
