@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["GPU_CASES", "SMALL_CASES", "TOLERANCES", "Case", "options", "tensors"]
+from hf_asentmax import entmax_attention
+
+__all__ = ["GPU_CASES", "SMALL_CASES", "TOLERANCES", "Case", "definition", "options", "tensors"]
 
 # Relative error in the Frobenius norm; gradients may have twice as much.
 TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -111,6 +113,36 @@ def options(case: Case, device: str) -> dict[str, Any]:
     return {"alpha": case.alpha, "is_causal": case.causal, **moved, **case.more}
 
 
+_SCORES_AT_ONCE = 2**24
+
+
+def definition(inputs: list[torch.Tensor], grad: torch.Tensor, settings: dict[str, Any]) -> list[torch.Tensor]:
+    """[output, dq, dk, dv] of entmax_attention's eager backend in float64, for inputs [query, key, value].
+
+    Some batch entries and the query heads of one key head at a time: tests share a GPU's memory.
+    """
+    query, key, value = (tensor.detach().double() for tensor in inputs)
+    grad = grad.double()
+    members = query.shape[1] // key.shape[1]
+    entries = max(1, _SCORES_AT_ONCE // (members * query.shape[2] * key.shape[2]))
+    mask, slopes = settings.get("attention_mask"), settings.get("alibi_slopes")
+    results = [torch.empty_like(tensor) for tensor in (grad, query, key, value)]
+    for entry in range(0, query.shape[0], entries):
+        for kv_head in range(key.shape[1]):
+            batch, one = slice(entry, entry + entries), slice(kv_head, kv_head + 1)
+            heads = slice(kv_head * members, (kv_head + 1) * members)
+            part = {**settings, "alibi_slopes": None if slopes is None else slopes[heads]}
+            if mask is not None:
+                part["attention_mask"] = mask[batch, heads] if mask.ndim == 4 and mask.shape[1] > 1 else mask[batch]
+            leaves = [query[batch, heads], key[batch, one], value[batch, one]]
+            leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+            output = entmax_attention(*leaves, backend="eager", **part)
+            grads = torch.autograd.grad(output, leaves, grad[batch, heads])
+            for whole, where, found in zip(results, (heads, heads, one, one), (output.detach(), *grads), strict=True):
+                whole[batch, where] = found
+    return results
+
+
 _F16, _BF16 = torch.float16, torch.bfloat16
 
 # Through the interpreter where there is no GPU. Up to 128 keys one program does a head; half precision has a regime of
@@ -138,6 +170,7 @@ SMALL_CASES = [
     Case("dense-few-queries", dtype=_F16, q_len=3, kv_len=300, heads=1, head_dim=16),
     Case("dense-grouped", heads=2, kv_heads=1, q_len=70, kv_len=300, head_dim=20, value_dim=40),
     Case("dense-full-more-queries", q_len=200, kv_len=150, causal=False, strided=True),
+    Case("dense-half-guess", q_len=20, kv_len=2400, heads=1, dtype=_F16, head_dim=16, kind="near-uniform"),
     Case("dense-half-uniform", q_len=280, dtype=_F16, head_dim=16, kind="near-uniform"),
     Case("dense-alpha-2", q_len=150, heads=1, alpha=2.0),
     Case("dense-alpha-1.3", q_len=150, heads=1, alpha=1.3),

@@ -122,7 +122,7 @@ def _sum_pass(
     q, key, masks, scoring, slope, batch, head, kv_head, rows, row_position, base, start, stop, q_len, kv_len,
     MASKED: tl.constexpr, BN: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds p, s and (alpha = 1.5) the support's indicator at tau, (rows, _LANES) each; tiles are `stride` keys apart."""
+    """Adds p, s and (alpha = 1.5) the support's indicator at tau, (rows, _LANES) each, of tiles `stride` keys apart."""
     for step in range(0, steps):
         first_key = first + step * stride
         if MASKED:

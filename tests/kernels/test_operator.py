@@ -155,25 +155,26 @@ def test_what_is_unsupported_is_said(change: dict[str, object], message: str, de
 def test_runs_in_a_cuda_graph_without_waiting_for_the_host(length: int) -> None:
     case = Case("graph", q_len=length, head_dim=64, dtype=torch.bfloat16, alibi=True)
     *inputs, grad = tensors(case, "cuda")
-    leaves = [tensor.requires_grad_() for tensor in inputs]
     settings = options(case, "cuda")
 
     def step() -> list[torch.Tensor]:
+        # new leaves: autograd ties a leaf to the stream of its first use
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
         output = entmax_attention(*leaves, backend="triton", **settings)
-        return [output, *torch.autograd.grad(output, leaves, grad)]
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad)]
 
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     torch.cuda.set_sync_debug_mode("error")
     try:
-        expected = [tensor.clone() for tensor in step()]
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()
-        torch.cuda.current_stream().wait_stream(stream)
+            expected = step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         captured = step()
     for tensor in captured:
         tensor.zero_()

@@ -118,7 +118,9 @@ class Call:
     def check(self, tolerance: float) -> None:
         ours = (self.output, self.query_grad, self.key_grad, self.value_grad)
         for name, mine, exact in zip(("output", "dq", "dk", "dv"), ours, self.reference(), strict=True):
-            error = (mine.double() - exact).norm() / exact.norm().clamp_min(1e-30)
+            # rows with one key have no dq and dk but rounding
+            scale = exact.norm().clamp_min(1e-3 * self.grad.double().norm())
+            error = (mine.double() - exact).norm() / scale
             limit = tolerance if name == "output" else 2 * tolerance
             assert error <= limit, f"{name}: relative error {error:.2e} above {limit:.0e}"
 
