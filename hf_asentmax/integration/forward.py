@@ -16,7 +16,8 @@ from ..mappings import adaptive_temperature_softmax, entmax, softmax, top_k_soft
 from ..masks import query_positions, visible_count
 from ..positions import alibi_slopes
 from .install import AttentionSettings, scaling_of
-from .names import HIDDEN_STATES_ARGUMENT, SETTINGS_ATTRIBUTE
+from .key_norms import key_norm_bound
+from .names import CACHE_ARGUMENT, HIDDEN_STATES_ARGUMENT, SETTINGS_ATTRIBUTE
 
 __all__ = ["asentmax_attention_forward"]
 
@@ -86,6 +87,8 @@ def asentmax_attention_forward(
         raise NotImplementedError(
             f"{type(module).__name__} has {query.shape[1]} heads where its config says {settings.num_heads}"
         )
+    cache, layer_idx = kwargs.get(CACHE_ARGUMENT), getattr(module, "layer_idx", None)
+    bound = None if cache is None else key_norm_bound(cache, layer_idx, key, query.shape[2])
     query, key, value = _one_dtype(query, key, value)
     flags = settings.flags
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -133,6 +136,7 @@ def asentmax_attention_forward(
             alibi_slopes=slopes,
             sliding_window=sliding_window,
             softcap=softcap,
+            key_norm_bound=bound,
         )
         return output.transpose(1, 2).contiguous(), None
     if query.device.type == "cuda" and not torch.compiler.is_compiling():
@@ -159,7 +163,7 @@ def asentmax_attention_forward(
 
 def _check_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
     for name, value in kwargs.items():
-        if value is None or name == HIDDEN_STATES_ARGUMENT or name in _KNOWN_ARGUMENTS:
+        if value is None or name in (HIDDEN_STATES_ARGUMENT, CACHE_ARGUMENT) or name in _KNOWN_ARGUMENTS:
             continue
         if name in _REFUSED_ARGUMENTS:
             raise NotImplementedError(

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..config import ASEntmaxConfig
 from ..scaling import LengthScaling, build_scaling
 from .families import rotary_argument, turn_off_positions, without_rotation
-from .names import HIDDEN_STATES_ARGUMENT, SCALING_ATTRIBUTE, SETTINGS_ATTRIBUTE, flags_of, preset_of
+from .names import CACHE_ARGUMENT, HIDDEN_STATES_ARGUMENT, SCALING_ATTRIBUTE, SETTINGS_ATTRIBUTE, flags_of, preset_of
 from .packing import packing_pre_hook
 
 __all__ = ["AttentionSettings", "install", "installed_attentions"]
@@ -162,6 +162,8 @@ def _attention_pre_hook(
         )
     kwargs = dict(kwargs)
     kwargs[HIDDEN_STATES_ARGUMENT] = args[0] if args else kwargs.get("hidden_states")
+    if settings.num_alibi_heads > 0 and kwargs.get("past_key_values") is not None:
+        kwargs[CACHE_ARGUMENT] = kwargs["past_key_values"]
     place = settings.rotary_argument
     if place is not None:
         if kwargs.get("position_embeddings") is not None:

@@ -23,6 +23,8 @@ SETTINGS_ATTRIBUTE = "asentmax_settings"
 SCALING_ATTRIBUTE = "length_scaling"
 # The keyword argument that brings the layer's input to the attention function.
 HIDDEN_STATES_ARGUMENT = "asentmax_hidden_states"
+# The one that brings the cache, where ALiBi heads decode from it.
+CACHE_ARGUMENT = "asentmax_cache"
 
 
 def preset_of(config: PreTrainedConfig) -> str | None:

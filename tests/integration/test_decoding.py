@@ -1,0 +1,144 @@
+"""The decoding kernels inside models (through Triton's interpreter without a GPU), and the bound that caches carry."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+
+pytest.importorskip("triton")
+
+from hf_asentmax import entmax_attention
+from hf_asentmax.integration import forward
+from hf_asentmax.integration.key_norms import key_norm_bound
+from hf_asentmax.kernels import decode_launch, decode_op
+
+from tiny_models import perturb_scalings, random_ids, tiny_model
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IDS = random_ids(2, 18)
+
+
+@pytest.fixture
+def decode_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether a bound came with each call of the kernels, which run from 13 keys on."""
+    calls: list[bool] = []
+    original = decode_launch.decode
+
+    def counted(problem: Any, output: torch.Tensor, bound: torch.Tensor | None = None) -> None:
+        calls.append(bound is not None)
+        original(problem, output, bound)
+
+    monkeypatch.setattr(decode_launch, "decode", counted)
+    monkeypatch.setattr(decode_op, "DECODE_FROM", 12)
+    monkeypatch.setattr(forward, "entmax_attention", partial(entmax_attention, backend="triton"))
+    return calls
+
+
+def build(family: str) -> PreTrainedModel:
+    model = tiny_model(family, "asentmax", {"positions": "nape"})
+    perturb_scalings(model)
+    model.generation_config.eos_token_id = None
+    return model.to(DEVICE)
+
+
+def eager_logits(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, **inputs: Any) -> torch.Tensor:
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(forward, "entmax_attention", partial(entmax_attention, backend="eager"))
+        return model(use_cache=False, **inputs).logits
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_each_step_equals_the_full_forward(
+    family: str, kind: str, decode_calls: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = build(family), IDS[:1].to(DEVICE)
+    full = eager_logits(model, monkeypatch, input_ids=ids)
+    cache = StaticCache(config=model.config, max_cache_len=24) if kind == "static" else None
+    steps, start = [], 0
+    with torch.no_grad():
+        for size in (12, 1, 5):
+            out = model(ids[:, start : start + size], past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            steps.append(out.logits)
+            start += size
+    assert torch.allclose(torch.cat(steps, 1), full, atol=1e-5)
+    if family == "llama":
+        assert decode_calls == [True] * 4  # plain caches in both layers: ALiBi heads know the keys' norms
+    assert decode_calls
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_left_padding(cache: str, decode_calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build("llama"), IDS.to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    extra = {"cache_implementation": "static", "disable_compile": True} if cache == "static" else {}
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, **extra)
+    for _ in range(2):
+        logits = eager_logits(model, monkeypatch, input_ids=ids, attention_mask=mask)
+        ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+    assert torch.equal(out, ids)
+    assert decode_calls
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="slow in the interpreter")
+@pytest.mark.gpu
+def test_beams_and_assisted_decoding(decode_calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = build("llama"), IDS[:1].repeat(1, 2).to(DEVICE)
+    settings = {"max_new_tokens": 4, "do_sample": False}
+    runs: list[list[torch.Tensor]] = []
+    for backend in ("triton", "eager"):
+        monkeypatch.setattr(forward, "entmax_attention", partial(entmax_attention, backend=backend))
+        beams = model.generate(ids, num_beams=3, **settings)
+        runs.append([beams, model.generate(ids, prompt_lookup_num_tokens=3, **settings)])
+    for mine, expected in zip(*runs, strict=True):
+        assert torch.equal(mine, expected)
+    assert decode_calls
+
+
+def _norms(key: torch.Tensor) -> torch.Tensor:
+    return key.norm(dim=-1).amax((0, 2))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@torch.no_grad()
+def test_the_bound_holds_every_key(kind: str) -> None:
+    config = build("llama").config
+    cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=40)
+    for size in (7, 1, 3, 1, 1):
+        new = torch.randn(2, 2, size, 8) * torch.rand(()) * 5
+        key, _ = cache.update(new, new, 0)
+        bound = key_norm_bound(cache, 0, key, size)
+        assert bound is not None and torch.all(bound >= _norms(key) - 1e-6)
+    assert torch.allclose(bound[0], _norms(key))
+    cache.reorder_cache(torch.tensor([1, 1]))
+    new = torch.full((2, 2, 1, 8), 9.0)
+    key, _ = cache.update(new, new, 0)
+    bound = key_norm_bound(cache, 0, key, 1)
+    assert bound is not None and torch.all(bound >= _norms(key))
+
+
+def test_where_no_bound_can_be_kept_there_is_none() -> None:
+    config = build("llama").config
+    new = torch.randn(2, 2, 3, 8)
+    cache = DynamicCache(config=config)
+    with torch.no_grad():
+        key, _ = cache.update(new, new, 0)
+        assert key_norm_bound(cache, 0, key, 3) is not None
+    key, _ = cache.update(9 * new, new, 0)
+    assert key_norm_bound(cache, 0, key, 3) is None  # gradients: the record is dropped, and made anew
+    with torch.no_grad():
+        key, _ = cache.update(new, new, 0)
+        bound = key_norm_bound(cache, 0, key, 3)
+        assert bound is not None and torch.allclose(bound[0], _norms(key))
+        assert key_norm_bound(cache, 1, key, 3) is None
+        assert key_norm_bound(None, 0, key, 3) is None
+        sliding = DynamicCache(config=build("mistral").config)
+        key, _ = sliding.update(new, new, 0)
+        assert key_norm_bound(sliding, 0, key, 3) is None
