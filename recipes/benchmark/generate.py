@@ -75,7 +75,7 @@ def filled_cache(model: PreTrainedModel, context: int, new: int) -> StaticCache:
 
 
 def seconds_a_step(model: PreTrainedModel, context: int, new: int, *, compiled: bool) -> list[float]:
-    """Host and device seconds of each decoding step, after three of warm-up, and one that is not compiled (a prompt)."""
+    """Host and device seconds of each decoding step, after three of warm-up and one uncompiled, as a prompt is."""
     device = model.device
     cache = filled_cache(model, context, new + 4)
     model(torch.ones(1, 1, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
