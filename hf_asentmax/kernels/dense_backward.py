@@ -182,8 +182,7 @@ def _key_gradient_pass(
 
 @triton.jit
 def key_gradient_kernel(
-    query, key, value, grad, tau_in, rho_in, key_grad, value_grad, partial_key_grad, partial_value_grad,
-    block_map, block_lists, active,
+    query, key, value, grad, tau_in, rho_in, key_grad, value_grad, block_map, block_lists, active,
     masks, scoring, scale, heads, kv_heads, q_len, kv_len,
     BM: tl.constexpr, BN: tl.constexpr, KB: tl.constexpr, MAP_ROWS: tl.constexpr, ACTIVE_ROWS: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
@@ -191,8 +190,8 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """dk and dv of BN keys of one key head, over all query heads that share it.
 
-    partial_key_grad and partial_value_grad are Rows of float32 sums from other row blocks, added here, or None.
-    block_lists is int16 workspace, (programs, row blocks). Where active is 0, the block map is empty.
+    block_lists is int16 workspace, (programs, row blocks). With active, key_grad and value_grad hold the gradients of
+    the row blocks where it is 0, whose part of the block map is empty; those of the others are added.
     """
     programs = tl.cdiv(kv_len, BN)
     key_blocks = tl.cdiv(kv_len, KB)
@@ -202,6 +201,10 @@ def key_gradient_kernel(
     batch = kv_group // kv_heads
     kv_head = kv_group % kv_heads
     first_key = (pid % programs) * BN
+    if active is not None:
+        flags = heads // kv_heads * tl.cdiv(q_len, ACTIVE_ROWS)
+        if not _any_active(active + kv_group.to(tl.int64) * flags, flags):
+            return
     keys = first_key + tl.arange(0, BN)
     blocks = block_lists + pid.to(tl.int64) * row_blocks
     k = load_rows(key, batch, kv_head, first_key, BN, kv_len, True, D, HEAD_DIM)
@@ -212,14 +215,9 @@ def key_gradient_kernel(
         head = kv_head * (heads // kv_heads) + member
         group = batch * heads + head
         live = block_map + group.to(tl.int64) * row_blocks * key_blocks + first_key // KB
-        listed = row_blocks
-        if active is not None:
-            active_blocks = tl.cdiv(q_len, ACTIVE_ROWS)
-            some = _any_active(active + group.to(tl.int64) * active_blocks, active_blocks)
-            listed = tl.where(some, row_blocks, 0)
         tl.debug_barrier()
-        masked = _list_blocks(blocks, live, key_blocks, listed, _MASKED)
-        total = masked + _list_blocks(blocks + masked, live, key_blocks, listed, _FULL)
+        masked = _list_blocks(blocks, live, key_blocks, row_blocks, _MASKED)
+        total = masked + _list_blocks(blocks + masked, live, key_blocks, row_blocks, _FULL)
         tl.debug_barrier()
         slope = 0.0
         if scoring.slopes is not None:
@@ -236,8 +234,8 @@ def key_gradient_kernel(
         )  # fmt: skip
     acc_k *= scale
     acc_v *= 1.0 / P_SCALE
-    if partial_key_grad is not None:
-        acc_k += load_rows(partial_key_grad, batch, kv_head, first_key, BN, kv_len, True, D, HEAD_DIM)
-        acc_v += load_rows(partial_value_grad, batch, kv_head, first_key, BN, kv_len, True, DV, VALUE_DIM)
+    if active is not None:
+        acc_k += load_rows(key_grad, batch, kv_head, first_key, BN, kv_len, True, D, HEAD_DIM)
+        acc_v += load_rows(value_grad, batch, kv_head, first_key, BN, kv_len, True, DV, VALUE_DIM)
     store_rows(key_grad, batch, kv_head, first_key, acc_k, kv_len, D, HEAD_DIM)
     store_rows(value_grad, batch, kv_head, first_key, acc_v, kv_len, DV, VALUE_DIM)

@@ -202,12 +202,10 @@ def dense_backward(
     key_grad: torch.Tensor,
     value_grad: torch.Tensor,
     active: torch.Tensor | None = None,
-    partial: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:
     """Writes the three gradients from grad (batch, heads, q_len, value_dim), unit stride in the last dimension.
 
-    active: as in dense_forward. partial: float32 dk and dv (shaped as key and value) of the rows that are not
-    active, added here.
+    active: as in dense_forward; key_grad and value_grad then hold those of the other rows, and are added to.
     """
     if regime(problem) == "single":
         with on_device(grad):
@@ -247,8 +245,6 @@ def dense_backward(
             *inputs,
             rows_of(key_grad),
             rows_of(value_grad),
-            rows_of(partial[0]) if partial is not None else None,
-            rows_of(partial[1]) if partial is not None else None,
             state.block_map,
             grad.new_empty(programs, row_blocks, dtype=torch.int16),
             active,

@@ -61,7 +61,10 @@ def _forward(
     is_causal: bool,
     sliding_window: int | None,
     softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
+    torch.Tensor,
+]:  # fmt: skip
     """(output, *state): see regimes.State."""
     from .regimes import forward
 
@@ -95,8 +98,10 @@ def _backward(
     tau: torch.Tensor,
     mean_value: torch.Tensor,
     block_map: torch.Tensor,
-    indices: torch.Tensor,
+    listed: torch.Tensor,
+    offsets: torch.Tensor,
     counts: torch.Tensor,
+    column_counts: torch.Tensor,
     overflow: torch.Tensor,
     alpha: float,
     scale: float,
@@ -109,7 +114,7 @@ def _backward(
 
     ranges = RowRanges(start, stop, key_valid, has_holes, dense_mask)
     problem = _problem(query, key, value, slopes, ranges, alpha, scale, is_causal, sliding_window, softcap)
-    state = State(tau, mean_value, block_map, indices, counts, overflow)
+    state = State(tau, mean_value, block_map, listed, offsets, counts, column_counts, overflow)
     return backward(problem, state, _unit_stride(grad))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -48,6 +48,20 @@ class Problem:
     def groups(self) -> int:
         """batch x heads"""
         return self.query.shape[0] * self.query.shape[1]
+
+    def part(self, entries: slice, query_heads: slice, key_heads: slice) -> Problem:
+        """The call for some batch entries and heads, as views; without a free mask."""
+        start, stop, key_valid, has_holes, _ = (
+            None if tensor is None else tensor[entries] if tensor.shape[0] > 1 else tensor for tensor in self.ranges
+        )
+        return replace(
+            self,
+            query=self.query[entries, query_heads],
+            key=self.key[entries, key_heads],
+            value=self.value[entries, key_heads],
+            slopes=None if self.slopes is None else self.slopes[query_heads],
+            ranges=RowRanges(start, stop, key_valid, has_holes, None),
+        )
 
     @cached_property
     def lengths(self) -> dict[str, int]:

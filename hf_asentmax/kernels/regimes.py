@@ -10,6 +10,7 @@ the dense regime does exactly these; it does all of them where lists do not pay 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -17,27 +18,38 @@ import torch
 from .dense_forward import ACTIVE_ROWS
 from .dense_launch import DenseState, dense_backward, dense_forward, largest_key_norms, new_dense_state
 from .problem import Problem
-from .sparse_attention import SparseLists, sparse_backward, sparse_forward, sparse_tiles, sparse_unsupported_reason
+from .sparse_attention import (
+    SparseLists,
+    keeps_weights,
+    list_capacity,
+    sparse_backward,
+    sparse_forward,
+    sparse_tiles,
+    sparse_unsupported_reason,
+)
 
 __all__ = ["SPARSE_FROM", "State", "backward", "forward", "new_state"]
 
 # Keys from which the sparse regime is tried first. Its lists cost the same for a row at any length; on an H100 they
 # cost as much as they save at about so many keys (recipes/benchmark/NOTES.md).
 SPARSE_FROM = 6144
+# Workspace of the backward pass on lists, in bytes: it does so many heads at a time.
+_BACKWARD_BYTES = 64 << 20
 
 
 class State(NamedTuple):
     """What a call leaves for its backward pass: dense_launch.DenseState and sparse_attention.SparseLists.
 
-    The lists are empty where the dense regime does all rows. Where there are lists, mean_value is empty if their room
-    can hold it: rows that the dense regime does have no use for their list, and keep their mean value there.
+    The lists are empty where the dense regime does all rows.
     """
 
     tau: torch.Tensor
     mean_value: torch.Tensor
     block_map: torch.Tensor
-    indices: torch.Tensor
+    listed: torch.Tensor
+    offsets: torch.Tensor
     counts: torch.Tensor
+    column_counts: torch.Tensor
     overflow: torch.Tensor
 
 
@@ -47,69 +59,83 @@ def _uses_lists(problem: Problem) -> bool:
     return problem.key.shape[2] >= SPARSE_FROM and sparse_unsupported_reason(problem) is None
 
 
-def _new_dense_state(problem: Problem, indices: torch.Tensor) -> DenseState:
-    room = indices.shape[2] * indices.element_size()
-    return new_dense_state(problem, with_mean=room < problem.value.shape[3] * problem.value.element_size())
-
-
-def _mean_in_lists(problem: Problem, dense: DenseState, indices: torch.Tensor) -> DenseState:
-    """The state with its mean_value, a view of the lists if it has none of its own."""
-    if dense.mean_value.numel() > 0:
-        return dense
-    batch, heads, q_len, _ = problem.query.shape
-    rows = indices.view(problem.value.dtype).view(batch, heads, q_len, -1)
-    return dense._replace(mean_value=rows[..., : problem.value.shape[3]])
+def _no_lists(query: torch.Tensor) -> SparseLists:
+    return SparseLists(*(query.new_empty(0, dtype=dtype) for dtype in (torch.int32,) * 4 + (torch.uint8,)))
 
 
 def new_state(problem: Problem) -> State:
     """A state of the right shapes, as a forward pass without values (for tracing)."""
     query = problem.query
+    dense = new_dense_state(problem)
     if not _uses_lists(problem):
-        return State(*new_dense_state(problem), *_no_lists(query))
+        return State(*dense, *_no_lists(query))
     q_len = query.shape[2]
-    indices = query.new_empty(problem.groups, q_len, sparse_tiles(query.dtype, query.shape[3]).room, dtype=torch.int32)
-    counts = query.new_empty(problem.groups, q_len, dtype=torch.int32)
+    capacity = list_capacity(problem, sparse_tiles(query.dtype, query.shape[3]))
+    listed = query.new_empty(problem.groups, capacity, dtype=torch.int32)
+    offsets = query.new_empty(problem.groups, q_len, dtype=torch.int32)
+    batch, kv_heads, kv_len, _ = problem.key.shape
+    columns = (batch * kv_heads, kv_len) if keeps_weights(problem) else (0,)
     overflow = query.new_empty(problem.groups, -(-q_len // ACTIVE_ROWS), dtype=torch.uint8)
-    return State(*_new_dense_state(problem, indices), indices, counts, overflow)
-
-
-def _no_lists(query: torch.Tensor) -> SparseLists:
-    return SparseLists(*(query.new_empty(0, dtype=dtype) for dtype in (torch.int32, torch.int32, torch.uint8)))
+    lists = (listed, offsets, torch.empty_like(offsets), query.new_empty(columns, dtype=torch.int32), overflow)
+    return State(*dense, *lists)
 
 
 def forward(problem: Problem, output: torch.Tensor) -> State:
     """Writes output (batch, heads, q_len, value_dim); returns what the backward pass needs."""
+    dense = new_dense_state(problem)
     if not _uses_lists(problem):
-        dense = new_dense_state(problem)
         dense_forward(problem, output, dense)
         return State(*dense, *_no_lists(problem.query))
-    tau = problem.query.new_empty(problem.query.shape[:3], dtype=torch.float32)
     largest_key = largest_key_norms(problem)
-    lists = sparse_forward(problem, output, tau, largest_key)
-    dense = _new_dense_state(problem, lists.indices)._replace(tau=tau)
-    with_mean = _mean_in_lists(problem, dense, lists.indices)
-    dense_forward(problem, output, with_mean, active=lists.overflow, largest_key=largest_key)
+    lists = sparse_forward(problem, output, dense.tau, dense.mean_value, largest_key)
+    dense_forward(problem, output, dense, active=lists.overflow, largest_key=largest_key)
     return State(*dense, *lists)
+
+
+def _parts(problem: Problem, capacity: int) -> Iterator[tuple[slice, slice, slice]]:
+    """(batch entries, query heads, key heads) of parts of a call whose workspace fits into _BACKWARD_BYTES.
+
+    Either of several batch entries with all their heads, or of heads of one: contiguous in (batch, heads).
+    """
+    batch, kv_heads = problem.key.shape[:2]
+    members = problem.query.shape[1] // kv_heads
+    a_head = 8 * members * capacity
+    entries = max(1, _BACKWARD_BYTES // (a_head * kv_heads))
+    kv_at_once = kv_heads if entries > 1 else max(1, min(kv_heads, _BACKWARD_BYTES // a_head))
+    for entry in range(0, batch, entries):
+        for head in range(0, kv_heads, kv_at_once):
+            last = min(head + kv_at_once, kv_heads)
+            yield slice(entry, entry + entries), slice(head * members, last * members), slice(head, last)
 
 
 def backward(problem: Problem, state: State, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv), laid out as query, key and value are; grad has unit stride in the last dimension.
 
-    dk and dv of the lists are summed by atomics, in an order that changes from run to run in the last bits, unless
+    dk and dv of the lists are summed in an order that changes from run to run in the last bits, unless
     torch.use_deterministic_algorithms asks for the slower way.
     """
-    dense = DenseState(*state[:3])
     query_grad, key_grad, value_grad = (torch.empty_like(t) for t in (problem.query, problem.key, problem.value))
     if state.overflow.numel() == 0:  # the forward pass kept no lists, whatever the switch says now
-        dense_backward(problem, dense, grad, query_grad, key_grad, value_grad)
+        dense_backward(problem, DenseState(*state[:3]), grad, query_grad, key_grad, value_grad)
         return query_grad, key_grad, value_grad
-    sums = (
-        torch.zeros(problem.key.shape, dtype=torch.float32, device=grad.device),
-        torch.zeros(problem.value.shape, dtype=torch.float32, device=grad.device),
-    )
-    lists = SparseLists(*state[3:])
     deterministic = torch.are_deterministic_algorithms_enabled()
-    sparse_backward(problem, dense.tau, lists, grad, query_grad, *sums, deterministic=deterministic)
-    dense = _mean_in_lists(problem, dense, lists.indices)
-    dense_backward(problem, dense, grad, query_grad, key_grad, value_grad, active=lists.overflow, partial=sums)
+    heads, kv_heads = problem.query.shape[1], problem.key.shape[1]
+    for entries, query_heads, key_heads in _parts(problem, state.listed.shape[1]):
+        part = problem.part(entries, query_heads, key_heads)
+        first, first_kv = entries.start * heads + query_heads.start, entries.start * kv_heads + key_heads.start
+        groups = slice(first, first + part.groups)
+        kv_groups = slice(first_kv, first_kv + part.key.shape[0] * part.key.shape[1])
+        dense = DenseState(
+            state.tau[entries, query_heads], state.mean_value[entries, query_heads], state.block_map[groups]
+        )
+        lists = SparseLists(
+            state.listed[groups], state.offsets[groups], state.counts[groups], state.column_counts[kv_groups],
+            state.overflow[groups],
+        )  # fmt: skip
+        gradients = (
+            grad[entries, query_heads], query_grad[entries, query_heads], key_grad[entries, key_heads],
+            value_grad[entries, key_heads],
+        )  # fmt: skip
+        sparse_backward(part, dense.tau, dense.mean_value, lists, *gradients, deterministic=deterministic)
+        dense_backward(part, dense, *gradients, active=lists.overflow)
     return query_grad, key_grad, value_grad

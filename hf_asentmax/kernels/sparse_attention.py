@@ -12,7 +12,7 @@ import torch
 import triton
 
 from .problem import Problem, on_device, rows_of
-from .sparse_backward import fixed_to_float_kernel, list_backward_kernel
+from .sparse_backward import column_gradient_kernel, fixed_to_float_kernel, list_backward_kernel
 from .sparse_bounds import row_bounds_kernel
 from .sparse_lists import expand_kernel, list_forward_kernel
 from .sparse_pilot import SAMPLED_KEYS, SAMPLED_ROWS, pilot_kernel
@@ -22,6 +22,8 @@ __all__ = [
     "ROW_BLOCK",
     "SparseLists",
     "SparseTiles",
+    "keeps_weights",
+    "list_capacity",
     "sparse_backward",
     "sparse_forward",
     "sparse_tiles",
@@ -32,20 +34,27 @@ __all__ = [
 ROW_BLOCK = 128
 # Bytes for the block maxima and candidate words of the row tiles that are worked on at a time.
 _WORKSPACE_BYTES = 64 << 20
+# Room in the lists, in keys a row on average: trained models have supports of 1 to 50.
+_KEYS_A_ROW = 64
 
 
 class SparseLists(NamedTuple):
     """What the backward pass reads, and what the dense regime has to do.
 
     Attributes:
-        indices: (batch * heads, q_len, room) int32, keys listed for each row, up to its count.
-        counts: (batch * heads, q_len) int32.
+        listed: (batch * heads, capacity) int32, the rows' lists one after another: keys, or keys with their r
+            (`keeps_weights`).
+        offsets, counts: (batch * heads, q_len) int32, where a row's list begins and how long it is.
+        column_counts: (batch * kv_heads, kv_len) int32, how many rows list a key with r > 0; empty unless
+            `keeps_weights`.
         overflow: (batch * heads, ceil(q_len / ROW_BLOCK)) uint8, 1 where a row did not fit: output, tau and gradients
             of these row blocks are the dense regime's.
     """
 
-    indices: torch.Tensor
+    listed: torch.Tensor
+    offsets: torch.Tensor
     counts: torch.Tensor
+    column_counts: torch.Tensor
     overflow: torch.Tensor
 
 
@@ -60,10 +69,14 @@ class SparseTiles(NamedTuple):
         candidate_warps, candidate_stages, candidate_registers: of the second pass.
         steps: Newton steps on the block maxima; bound_unit: blocks read at a time; bound_warps: warps there.
         words: room for a row's words of 16 keys.
-        room: room for a row's keys.
+        room: the most keys that a row may list.
         expand_rows, expand_warps: rows a program and warps where words become indices.
-        list_rows, list_chunk, list_warps: rows a program, keys gathered at a time, and warps, forward on the list.
-        grad_rows, grad_chunk, grad_warps: the same, backward.
+        list_rows, list_chunk, list_warps, list_registers: rows a program, keys gathered at a time, warps, and registers
+            a thread, forward on the list.
+        grad_rows, grad_chunk, grad_warps, grad_registers: the same backward, where a program does its rows one after
+            the other.
+        column_keys, column_chunk: keys that a program of the last pass does one after the other, and rows gathered at
+            a time.
     """
 
     rows: int = 128
@@ -85,9 +98,13 @@ class SparseTiles(NamedTuple):
     list_rows: int = 4
     list_chunk: int = 8
     list_warps: int = 1
-    grad_rows: int = 1
+    list_registers: int | None = None
+    grad_rows: int = 4
     grad_chunk: int = 16
     grad_warps: int = 1
+    grad_registers: int | None = None
+    column_keys: int = 4
+    column_chunk: int = 16
 
 
 def sparse_tiles(dtype: torch.dtype, head_dim: int) -> SparseTiles:
@@ -118,15 +135,29 @@ def sparse_unsupported_reason(problem: Problem) -> str | None:
         return "the mask is free"
     if not problem.scale > 0:
         return "the scale is not positive"
-    if problem.key.shape[2] > 1 << 19:
-        return "a word's number must fit into 15 bits"
+    if problem.key.shape[2] > 1 << 18:
+        return "an entry of a list has 18 bits for the key"
     return None
+
+
+def keeps_weights(problem: Problem) -> bool:
+    """Whether the lists keep r = [u - tau]_+ for the backward pass, as float16: for 16-bit inputs.
+
+    p = r^(1/(alpha-1)) has 1/(alpha-1) times r's relative error of 2^-12.
+    """
+    return problem.query.dtype != torch.float32 and problem.alpha >= 1.25
+
+
+def list_capacity(problem: Problem, tiles: SparseTiles) -> int:
+    """Keys that the lists of a head have room for together."""
+    return problem.query.shape[2] * min(_KEYS_A_ROW, tiles.room)
 
 
 def sparse_forward(
     problem: Problem,
     output: torch.Tensor,
     tau: torch.Tensor,
+    mean_value: torch.Tensor,
     largest_key: torch.Tensor,
     tiles: SparseTiles | None = None,
 ) -> SparseLists:
@@ -137,19 +168,26 @@ def sparse_forward(
         output: (batch, heads, q_len, value_dim), written.
         tau: (batch, heads, q_len) float32, contiguous, written: the threshold of (alpha-1) z; +inf for rows without
             keys.
+        mean_value: (batch, heads, q_len, value_dim), written: sum_j s_j v_j / sum_j s_j, s = p^(2-alpha).
         largest_key: (batch * kv_heads,) float32, the largest Euclidean norm of a key.
         tiles: for measurements; default: what `sparse_tiles` says.
 
     Returns:
-        The lists; output and tau are not meaningful in overflowed row blocks.
+        The lists; output, tau and mean_value are not meaningful in overflowed row blocks.
     """
     query = problem.query
     q_len, kv_len = query.shape[2], problem.key.shape[2]
     tiles = tiles or sparse_tiles(query.dtype, query.shape[3])
     device = query.device
     groups = problem.groups
-    indices = torch.empty((groups, q_len, tiles.room), dtype=torch.int32, device=device)
-    counts = torch.empty((groups, q_len), dtype=torch.int32, device=device)
+    capacity = list_capacity(problem, tiles)
+    listed = torch.empty((groups, capacity), dtype=torch.int32, device=device)
+    offsets = torch.empty((groups, q_len), dtype=torch.int32, device=device)
+    counts = torch.empty_like(offsets)
+    used = torch.zeros(groups, dtype=torch.int32, device=device)
+    packed = keeps_weights(problem)
+    columns = (problem.key.shape[0] * problem.key.shape[1], kv_len) if packed else (0,)
+    column_counts = torch.zeros(columns, dtype=torch.int32, device=device)
     overflow = torch.zeros((groups, triton.cdiv(q_len, ROW_BLOCK)), dtype=torch.uint8, device=device)
 
     maxima_type = torch.float32 if query.dtype == torch.float32 else torch.bfloat16
@@ -166,7 +204,7 @@ def sparse_forward(
     entries = torch.empty((at_once, tiles.rows, tiles.words), dtype=torch.int32, device=device)
     entry_counts = torch.empty((at_once, tiles.rows), dtype=torch.int32, device=device)
 
-    q, k, v, out = (rows_of(tensor) for tensor in (query, problem.key, problem.value, output))
+    q, k, v, out, mean = (rows_of(tensor) for tensor in (query, problem.key, problem.value, output, mean_value))
     masks, scoring, lengths, constants = problem.masks, problem.scoring, problem.lengths, problem.constants
     dims = {name: constants[name] for name in ("D", "HEAD_DIM")}
     value_dims = {name: constants[name] for name in ("DV", "VALUE_DIM")}
@@ -196,26 +234,28 @@ def sparse_forward(
                 num_warps=tiles.candidate_warps, num_stages=tiles.candidate_stages, maxnreg=tiles.candidate_registers,
             )  # fmt: skip
             expand_kernel[(count * (tiles.rows // tiles.expand_rows),)](
-                entries, entry_counts, indices, counts, overflow, q_len, first,
+                entries, entry_counts, listed, offsets, counts, used, overflow, q_len, capacity, first,
                 ROOM=tiles.words, LIST_ROOM=tiles.room, CHUNK=32, ROW_BLOCK=ROW_BLOCK, BM=tiles.rows,
                 R=tiles.expand_rows, num_warps=tiles.expand_warps,
             )  # fmt: skip
             list_forward_kernel[(count * (tiles.rows // tiles.list_rows),)](
-                q, k, v, out, tau, bounds, indices, counts, scoring, **common,
-                LIST_ROOM=tiles.room, CHUNK=tiles.list_chunk, R=tiles.list_rows, **dims, **value_dims,
-                num_warps=tiles.list_warps,
+                q, k, v, out, mean, tau, bounds, listed, offsets, counts, column_counts if packed else None, overflow,
+                scoring, **common, capacity=capacity, LIST_ROOM=tiles.room, CHUNK=tiles.list_chunk, R=tiles.list_rows,
+                ROW_BLOCK=ROW_BLOCK, PACK=packed, **dims, **value_dims,
+                num_warps=tiles.list_warps, maxnreg=tiles.list_registers,
             )  # fmt: skip
-    return SparseLists(indices, counts, overflow)
+    return SparseLists(listed, offsets, counts, column_counts, overflow)
 
 
 def sparse_backward(
     problem: Problem,
     tau: torch.Tensor,
+    mean_value: torch.Tensor,
     lists: SparseLists,
     grad: torch.Tensor,
     query_grad: torch.Tensor,
-    key_sums: torch.Tensor,
-    value_sums: torch.Tensor,
+    key_grad: torch.Tensor,
+    value_grad: torch.Tensor,
     *,
     deterministic: bool,
     tiles: SparseTiles | None = None,
@@ -223,33 +263,53 @@ def sparse_backward(
     """dq of the row blocks that did not overflow, and their part of dk and dv.
 
     Args:
-        problem, tau, lists: of `sparse_forward`.
+        problem, tau, mean_value, lists: of `sparse_forward`.
         grad: (batch, heads, q_len, value_dim), unit stride in the last dimension.
         query_grad: (batch, heads, q_len, head_dim), written outside of the overflowed row blocks.
-        key_sums, value_sums: (batch, kv_heads, kv_len, head_dim or value_dim) float32, contiguous, added to.
-        deterministic: two runs agree bit by bit (through 64-bit integers, at twice the workspace).
+        key_grad, value_grad: as key and value, written.
+        deterministic: two runs agree bit by bit (through sums in 64-bit integers, slower and with more workspace).
     """
     query = problem.query
     tiles = tiles or sparse_tiles(query.dtype, query.shape[3])
-    constants = {name: problem.constants[name] for name in ("D", "HEAD_DIM", "DV", "VALUE_DIM")}
-    units = None
-    keys, values = key_sums, value_sums
-    if deterministic:
-        units = _units(problem, grad)
-        keys = torch.zeros(key_sums.shape, dtype=torch.int64, device=key_sums.device)
-        values = torch.zeros(value_sums.shape, dtype=torch.int64, device=value_sums.device)
+    packed = keeps_weights(problem)
+    dims = {name: problem.constants[name] for name in ("D", "HEAD_DIM", "DV", "VALUE_DIM")}
+    capacity = lists.listed.shape[1]
+    kv_groups, kv_len = problem.key.shape[0] * problem.key.shape[1], problem.key.shape[2]
+    members = problem.groups // kv_groups
+    by_columns = packed and not deterministic
+    keys = values = units = cursors = records = None
+    if by_columns:
+        cursors = torch.cumsum(lists.column_counts, 1, dtype=torch.int32).sub_(lists.column_counts)
+        records = torch.empty((kv_groups, members * capacity), dtype=torch.int64, device=grad.device)
+    else:
+        dtype = torch.int64 if deterministic else torch.float32
+        units = _units(problem, grad) if deterministic else None
+        keys, values = (torch.zeros(t.shape, dtype=dtype, device=grad.device) for t in (problem.key, problem.value))
+    q, do = rows_of(query), rows_of(grad)
     with on_device(query):
         list_backward_kernel[(problem.groups * triton.cdiv(query.shape[2], tiles.grad_rows),)](
-            *(rows_of(tensor) for tensor in (query, problem.key, problem.value, grad, query_grad)),
-            keys, values, tau, *lists, units, problem.scoring, problem.scale, **problem.lengths,
-            LIST_ROOM=lists.indices.shape[2], CHUNK=tiles.grad_chunk, ROW_BLOCK=ROW_BLOCK, R=tiles.grad_rows,
-            **constants, num_warps=tiles.grad_warps,
+            q, rows_of(problem.key), rows_of(problem.value), do, rows_of(mean_value), rows_of(query_grad),
+            keys, values, units, cursors, records, tau, lists.listed, lists.offsets, lists.counts, lists.overflow,
+            problem.scoring, problem.scale, **problem.lengths, capacity=capacity,
+            CHUNK=tiles.grad_chunk, ROW_BLOCK=ROW_BLOCK, R=tiles.grad_rows, PACKED=packed,
+            **dims, num_warps=tiles.grad_warps, maxnreg=tiles.grad_registers,
         )  # fmt: skip
-        if units is not None:
-            for which, (sums, result) in enumerate(((keys, key_sums), (values, value_sums))):
+        if by_columns:
+            column_gradient_kernel[(kv_groups * triton.cdiv(kv_len, tiles.column_keys),)](
+                q, do, rows_of(key_grad), rows_of(value_grad), cursors, records, problem.scale,
+                **problem.lengths, capacity=capacity,
+                CHUNK=tiles.column_chunk, KEYS=tiles.column_keys, GROUPED=members > 1, **dims, num_warps=1,
+            )  # fmt: skip
+            return
+        assert keys is not None and values is not None
+        for which, (sums, result) in enumerate(((keys, key_grad), (values, value_grad))):
+            if units is not None:
+                exact = torch.empty_like(sums, dtype=torch.float32)
                 fixed_to_float_kernel[(triton.cdiv(sums.numel(), 1024),)](
-                    sums, result, units, which, sums.numel(), BLOCK=1024
+                    sums, exact, units, which, sums.numel(), BLOCK=1024
                 )
+                sums = exact
+            result.copy_(sums)
 
 
 def _units(problem: Problem, grad: torch.Tensor) -> torch.Tensor:

@@ -2,11 +2,16 @@ r"""The backward pass on the lists: no product of all queries with all keys is m
 
 With r_j = [(alpha-1) z_j - tau]_+, s = r^(p-1) and dp_j = do . v_j (Peters, Niculae & Martins 2019):
 
-    dz_j = s_j (dp_j - sum(s dp) / sum(s)),   dq = scale sum_j dz_j k_j,   dk_j += scale dz_j q,   dv_j += p_j do
+    dz_j = s_j (dp_j - rho),   dq = scale sum_j dz_j k_j,   dk_j = scale sum_i dz_ij q_i,   dv_j = sum_i p_ij do_i
 
-A key's gradient is summed over all rows that list it, by atomic additions: in float32, or, where two runs must agree
-bit by bit, in 64-bit integers, whose sum does not depend on the order. Their unit is a power of two, so small against
-the largest possible term that float32 would round more.
+with rho = do . mean_value, mean_value = sum_j s_j v_j / sum_j s_j from the forward pass, which also left r in the
+lists' entries where half precision is enough for it: keys and values are gathered once.
+
+The gradient of a key is a sum over all rows that list it. For 16-bit inputs each row writes a record of p and dz into
+the key's column, whose place follows from how many rows list each key; then each key gathers the rows of its column.
+Atomic additions would move twice the bytes. For float32 inputs, and where two runs must agree bit by bit, the terms are
+added by atomics: in float32, or in 64-bit integers, whose sum does not depend on the order. Their unit is a power of
+two, so small against the largest possible term that float32 would round more.
 """
 
 from __future__ import annotations
@@ -15,139 +20,205 @@ import triton
 import triton.language as tl
 
 from .device import support_powers
-from .sparse_lists import gather_rows, list_scores, listed_keys
+from .sparse_lists import gather_rows, list_scores, unpacked_entry
 
-__all__ = ["fixed_to_float_kernel", "list_backward_kernel"]
+__all__ = ["column_gradient_kernel", "fixed_to_float_kernel", "list_backward_kernel"]
 
 
 @triton.jit
-def _add_to_keys(sums, kv_group, kv_len, keys, listed, terms, unit, D: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """sums[kv_group, keys] += terms (rows, keys, D); in units of 1 / unit where sums are integers."""
-    dim = tl.arange(0, D)
-    pointers = sums + ((kv_group * kv_len + keys) * HEAD_DIM)[:, :, None] + dim[None, None, :]
-    mask = listed[:, :, None]
+def packed_record(row, p, dz, dtype: tl.constexpr):
+    """int64 of a row's number among those of the heads that share a key head, of dz in the inputs' 16-bit type, and of
+    p in [0, 1] in float16."""
+    p = p.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
+    dz = dz.to(dtype).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
+    return (row.to(tl.int64) << 32) | (dz << 16) | p
+
+
+@triton.jit
+def _unpacked_record(record, dtype: tl.constexpr):
+    """(row, p, dz) of `packed_record`, p and dz in float32."""
+    p = (record & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    dz = ((record >> 16) & 0xFFFF).to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
+    return (record >> 32).to(tl.int32), p, dz
+
+
+@triton.jit
+def _add_to_keys(sums, keys, listed, terms, unit, D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """sums[keys] += terms (CHUNK, D) where `listed`, keys and listed (CHUNK, 1); in units of 1 / unit for integers."""
+    dim = tl.arange(0, D)[None, :]
     if HEAD_DIM != D:
-        mask = mask & (dim[None, None, :] < HEAD_DIM)
+        listed = listed & (dim < HEAD_DIM)
     if sums.dtype.element_ty == tl.int64:
         terms = (terms * unit).to(tl.int64)
-    tl.atomic_add(pointers, terms, mask=mask, sem="relaxed")
+    tl.atomic_add(sums + keys * HEAD_DIM + dim, terms, mask=listed, sem="relaxed")
 
 
 @triton.jit
-def _chunk_terms(
-    q, grad, tau, lists, number, count, exists, position, slope, key_pointer, key_row, value_pointer, value_row,
-    scoring,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
-):  # fmt: skip
-    """(keys, k, p, s, dp) of a chunk of the rows' lists."""
-    keys, inside = listed_keys(lists, number, count, exists)
-    k = gather_rows(key_pointer, key_row, keys, inside, D, HEAD_DIM)
-    v = gather_rows(value_pointer, value_row, keys, inside, DV, VALUE_DIM)
-    score = list_scores(q, k, keys, inside, position, slope, scoring)
-    p, s = support_powers(tl.maximum(score - tau[:, None], 0.0), scoring.exponent)
-    return keys, k, p, s, tl.sum(grad[:, None, :] * v, 2)
+def _load_row(rows, batch, head, index, D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """(1, D) float32: row `index` of one head."""
+    dim = tl.arange(0, D)[None, :]
+    pointer = rows.pointer + batch * rows.batch + head.to(tl.int64) * rows.head + index.to(tl.int64) * rows.row
+    return tl.load(pointer + dim, mask=dim < HEAD_DIM, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def list_backward_kernel(
-    query, key, value, grad_output, grad_query, key_sums, value_sums, tau_in, indices, counts, overflow, units,
-    scoring, scale, heads, kv_heads, q_len, kv_len,
-    LIST_ROOM: tl.constexpr, CHUNK: tl.constexpr, ROW_BLOCK: tl.constexpr, R: tl.constexpr,
+    query, key, value, grad_output, mean_value, grad_query, key_sums, value_sums, units, cursors, records,
+    tau_in, listed, offsets, counts, overflow, scoring, scale, heads, kv_heads, q_len, kv_len, capacity,
+    CHUNK: tl.constexpr, ROW_BLOCK: tl.constexpr, R: tl.constexpr, PACKED: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
-    """R rows: grad_query written, and their terms added to key_sums and value_sums.
+    """R rows, one after the other: grad_query written, and their terms of the keys' gradients either added to key_sums
+    and value_sums, or written as records for `column_gradient_kernel`.
 
     Args:
-        query, key, value, grad_output, grad_query: Rows; grad_query is not written in overflowed row blocks.
-        key_sums, value_sums: (batch * kv_heads, kv_len, head_dim or value_dim) float32 or int64, contiguous.
-        tau_in: (batch * heads, q_len) float32.
-        indices, counts: the lists.
-        overflow: (batch * heads, ceil(q_len / ROW_BLOCK)) uint8, 1 for the row blocks to leave out.
+        query, key, value, grad_output, mean_value, grad_query: Rows; grad_query is not written in overflowed row
+            blocks.
+        key_sums, value_sums: (batch * kv_heads, kv_len, head_dim or value_dim) float32 or int64, contiguous; None
+            where there are records.
         units: (2,) float32, terms per unit of the integer key_sums and value_sums; None for float32.
+        cursors: (batch * kv_heads, kv_len) int32, where each key's next record goes; left behind its last one.
+        records: (batch * kv_heads, heads / kv_heads * capacity) int64, see `packed_record`; or None.
+        tau_in: (batch * heads, q_len) float32, read unless PACKED.
+        listed, offsets, counts: the lists, with room for `capacity` entries a head.
+        overflow: (batch * heads, ceil(q_len / ROW_BLOCK)) uint8, 1 for the row blocks to leave out.
         scale: the factor on q k^T.
+        PACKED: the entries hold r; else it is made again from q, k and tau.
     """
     parts = tl.cdiv(q_len, R)
     group = tl.program_id(0) // parts
     first_row = (tl.program_id(0) % parts) * R
+    row_blocks = tl.cdiv(q_len, ROW_BLOCK)
+    if tl.load(overflow + group.to(tl.int64) * row_blocks + first_row // ROW_BLOCK) != 0:
+        return
     batch = (group // heads).to(tl.int64)
     head = group % heads
     kv_head = (head // (heads // kv_heads)).to(tl.int64)
     kv_group = batch * kv_heads + kv_head
-    rows = first_row + tl.arange(0, R)
-    # nothing here waits for the flag: the loads below go out together
-    row_blocks = tl.cdiv(q_len, ROW_BLOCK)
-    # one flag for all rows, a copy each: the interpreter of Triton 3.9 has no mask from a scalar condition
-    kept = tl.load(overflow + group.to(tl.int64) * row_blocks + rows // ROW_BLOCK) == 0
-    exists = rows < q_len
-    row_number = group.to(tl.int64) * q_len + rows
-    count = tl.where(kept, tl.load(counts + row_number, mask=exists, other=0), 0)
-    tau = tl.load(tau_in + row_number, mask=exists, other=float("inf"))
-    longest = tl.max(count, 0)
-    dim = tl.arange(0, D)
-    value_dim = tl.arange(0, DV)
-    q_mask = exists[:, None] & (dim[None, :] < HEAD_DIM)
-    long_rows = rows.to(tl.int64)[:, None]
-    q_pointer = query.pointer + batch * query.batch + head.to(tl.int64) * query.head
-    q = tl.load(q_pointer + long_rows * query.row + dim[None, :], mask=q_mask, other=0.0).to(tl.float32)
-    grad_pointer = grad_output.pointer + batch * grad_output.batch + head.to(tl.int64) * grad_output.head
-    grad = tl.load(
-        grad_pointer + long_rows * grad_output.row + value_dim[None, :],
-        mask=exists[:, None] & (value_dim[None, :] < VALUE_DIM),
-        other=0.0,
-    ).to(tl.float32)
+    key_pointer = key.pointer + batch * key.batch + kv_head * key.head
+    value_pointer = value.pointer + batch * value.batch + kv_head * value.head
+    members = heads // kv_heads
+    if records is None:
+        key_sums += kv_group * kv_len * HEAD_DIM
+        value_sums += kv_group * kv_len * VALUE_DIM
+    else:
+        cursors += kv_group * kv_len
+        records += kv_group * members * capacity
+    listed += group.to(tl.int64) * capacity
+    dim = tl.arange(0, D)[None, :]
     slope = 0.0
     if scoring.slopes is not None:
         slope = tl.load(scoring.slopes + head) * scoring.slope_factor
-    position = rows + (kv_len - q_len)
-    key_pointer = key.pointer + batch * key.batch + kv_head * key.head
-    value_pointer = value.pointer + batch * value.batch + kv_head * value.head
-    lists = indices + row_number[:, None] * LIST_ROOM
-    in_chunk = tl.arange(0, CHUNK)[None, :]
     key_unit = 1.0
     value_unit = 1.0
     if units is not None:
         key_unit = tl.load(units)
         value_unit = tl.load(units + 1)
+    for step in range(0, tl.minimum(R, q_len - first_row)):
+        row = first_row + step
+        row_number = group.to(tl.int64) * q_len + row
+        count = tl.load(counts + row_number)
+        offset = tl.load(offsets + row_number)
+        q = _load_row(query, batch, head, row, D, HEAD_DIM)
+        grad = _load_row(grad_output, batch, head, row, DV, VALUE_DIM)
+        rho = tl.sum(grad * _load_row(mean_value, batch, head, row, DV, VALUE_DIM), 1, keep_dims=True)
+        tau = 0.0
+        if not PACKED:
+            tau = tl.load(tau_in + row_number)
+        grad_q = tl.zeros([1, D], tl.float32)
+        for first in range(0, count, CHUNK):
+            number = first + tl.arange(0, CHUNK)
+            entry = tl.load(listed + offset + number, mask=number < count, other=0)[:, None]
+            inside = (number < count)[:, None]
+            if PACKED:
+                keys, r = unpacked_entry(entry)
+                listed_here = inside & (r > 0)
+                k = gather_rows(key_pointer, key.row, keys, listed_here, D, HEAD_DIM)
+            else:
+                keys = entry
+                k = gather_rows(key_pointer, key.row, keys, inside, D, HEAD_DIM)
+                product = tl.sum(q * k, 1, keep_dims=True)
+                r = list_scores(product, keys, inside, row + (kv_len - q_len), slope, scoring) - tau
+                r = tl.maximum(r, 0.0)
+                listed_here = inside & (r > 0)
+            v = gather_rows(value_pointer, value.row, keys, listed_here, DV, VALUE_DIM)
+            p, s = support_powers(r, scoring.exponent)
+            dz = s * (tl.sum(v * grad, 1, keep_dims=True) - rho)
+            grad_q += tl.sum(dz * k, 0, keep_dims=True)
+            if records is None:
+                _add_to_keys(key_sums, keys, listed_here, dz * scale * q, key_unit, D, HEAD_DIM)
+                _add_to_keys(value_sums, keys, listed_here, p * grad, value_unit, DV, VALUE_DIM)
+            else:
+                place = tl.atomic_add(cursors + keys, 1, mask=listed_here, sem="relaxed")
+                record = packed_record((head % members) * q_len + row, p, dz, query.pointer.dtype.element_ty)
+                tl.store(records + place, record, mask=listed_here)
+        pointer = grad_query.pointer + batch * grad_query.batch + head.to(tl.int64) * grad_query.head
+        pointer += row.to(tl.int64) * grad_query.row
+        tl.store(pointer + dim, (grad_q * scale).to(grad_query.pointer.dtype.element_ty), mask=dim < HEAD_DIM)
 
-    sum_s = tl.zeros([R], tl.float32)
-    sum_s_dp = tl.zeros([R], tl.float32)
-    if longest > CHUNK:
-        for chunk in range(0, tl.cdiv(longest, CHUNK)):
-            _, _, _, s, dp = _chunk_terms(
-                q, grad, tau, lists, chunk * CHUNK + in_chunk, count, exists, position, slope, key_pointer, key.row,
-                value_pointer, value.row, scoring, D, HEAD_DIM, DV, VALUE_DIM,
-            )  # fmt: skip
-            sum_s += tl.sum(s, 1)
-            sum_s_dp += tl.sum(s * dp, 1)
 
-    grad_q = tl.zeros([R, D], tl.float32)
-    for chunk in range(0, tl.cdiv(longest, CHUNK)):
-        keys, k, p, s, dp = _chunk_terms(
-            q, grad, tau, lists, chunk * CHUNK + in_chunk, count, exists, position, slope, key_pointer, key.row,
-            value_pointer, value.row, scoring, D, HEAD_DIM, DV, VALUE_DIM,
-        )  # fmt: skip
-        if longest <= CHUNK:
-            sum_s = tl.sum(s, 1)
-            sum_s_dp = tl.sum(s * dp, 1)
-        mean = sum_s_dp / tl.where(sum_s > 0, sum_s, 1.0)
-        dz = s * (dp - mean[:, None]) * scale
-        grad_q += tl.sum(dz[:, :, None] * k, 1)
-        listed = s > 0
-        _add_to_keys(key_sums, kv_group, kv_len, keys, listed, dz[:, :, None] * q[:, None, :], key_unit, D, HEAD_DIM)
-        terms = p[:, :, None] * grad[:, None, :]
-        _add_to_keys(value_sums, kv_group, kv_len, keys, listed, terms, value_unit, DV, VALUE_DIM)
+@triton.jit
+def column_gradient_kernel(
+    query, grad_output, key_grad, value_grad, cursors, records, scale, heads, kv_heads, q_len, kv_len, capacity,
+    CHUNK: tl.constexpr, KEYS: tl.constexpr, GROUPED: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """KEYS keys of one key head, one after the other: dk = scale sum dz q and dv = sum p do over their records.
 
-    dq_pointer = grad_query.pointer + batch * grad_query.batch + head.to(tl.int64) * grad_query.head
-    tl.store(
-        dq_pointer + long_rows * grad_query.row + dim[None, :], grad_q.to(grad_query.pointer.dtype.element_ty),
-        mask=q_mask & kept[:, None],
-    )  # fmt: skip
+    Args:
+        query, grad_output, key_grad, value_grad: Rows; the last two are written.
+        cursors: (batch * kv_heads, kv_len) int32, the end of each key's records, which is where the next key's begin.
+        records: (batch * kv_heads, heads / kv_heads * capacity) int64.
+        GROUPED: several query heads share a key head.
+    """
+    parts = tl.cdiv(kv_len, KEYS)
+    kv_group = tl.program_id(0) // parts
+    first_key = (tl.program_id(0) % parts) * KEYS
+    batch = (kv_group // kv_heads).to(tl.int64)
+    kv_head = kv_group % kv_heads
+    members = heads // kv_heads
+    first_head = (kv_head * members).to(tl.int64)
+    query_pointer = query.pointer + batch * query.batch + first_head * query.head
+    grad_pointer = grad_output.pointer + batch * grad_output.batch + first_head * grad_output.head
+    key_pointer = key_grad.pointer + batch * key_grad.batch + kv_head.to(tl.int64) * key_grad.head
+    value_pointer = value_grad.pointer + batch * value_grad.batch + kv_head.to(tl.int64) * value_grad.head
+    cursors += kv_group.to(tl.int64) * kv_len
+    records += kv_group.to(tl.int64) * members * capacity
+    dim = tl.arange(0, D)
+    value_dim = tl.arange(0, DV)
+    begin = tl.load(cursors + first_key - 1, mask=first_key > 0, other=0)
+    for step in range(0, tl.minimum(KEYS, kv_len - first_key)):
+        key = first_key + step
+        end = tl.load(cursors + key)
+        acc_k = tl.zeros([D], tl.float32)
+        acc_v = tl.zeros([DV], tl.float32)
+        for first in range(begin, end, CHUNK):
+            number = first + tl.arange(0, CHUNK)
+            inside = (number < end)[:, None]
+            row, p, dz = _unpacked_record(
+                tl.load(records + number, mask=number < end, other=0)[:, None], query.pointer.dtype.element_ty
+            )
+            q_base = query_pointer
+            grad_base = grad_pointer
+            if GROUPED:
+                q_base += (row // q_len).to(tl.int64) * query.head
+                grad_base += (row // q_len).to(tl.int64) * grad_output.head
+                row = row % q_len
+            q = gather_rows(q_base, query.row, row, inside, D, HEAD_DIM)
+            grad = gather_rows(grad_base, grad_output.row, row, inside, DV, VALUE_DIM)
+            acc_k += tl.sum(dz * q, 0)
+            acc_v += tl.sum(p * grad, 0)
+        begin = end
+        key_row = key_pointer + key.to(tl.int64) * key_grad.row + dim
+        value_row = value_pointer + key.to(tl.int64) * value_grad.row + value_dim
+        tl.store(key_row, (acc_k * scale).to(key_grad.pointer.dtype.element_ty), mask=dim < HEAD_DIM)
+        tl.store(value_row, acc_v.to(value_grad.pointer.dtype.element_ty), mask=value_dim < VALUE_DIM)
 
 
 @triton.jit
 def fixed_to_float_kernel(sums, result, units, which, size, BLOCK: tl.constexpr):
-    """result += sums / units[which]: int64 sums of `list_backward_kernel` into float32."""
+    """result = sums / units[which]: int64 sums of `list_backward_kernel` into float32."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = index < size
     value = tl.load(sums + index, mask=inside, other=0).to(tl.float32) / tl.load(units + which)
-    tl.store(result + index, tl.load(result + index, mask=inside, other=0.0) + value, mask=inside)
+    tl.store(result + index, value, mask=inside)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .device import entmax_norm, support_powers
 
-__all__ = ["expand_kernel", "gather_rows", "list_forward_kernel", "list_scores", "listed_keys"]
+__all__ = ["expand_kernel", "gather_rows", "list_forward_kernel", "list_scores", "unpacked_entry"]
 
 # Newton's method from the block maxima's bound needs 2 to 4 steps at alpha = 1.5; the loop stops when no row moves.
 _MAX_STEPS = tl.constexpr(24)
@@ -27,18 +27,28 @@ def _count_bits(word):
     return (word + (word >> 8)) & 0x1F
 
 
+@triton.jit
+def _load_words(entries, source, first, written, ROOM: tl.constexpr, CHUNK: tl.constexpr):
+    """(rows, CHUNK) entries from number `first` on, 0 beyond what was written."""
+    number = first + tl.arange(0, CHUNK)
+    inside = number[None, :] < written[:, None]
+    return tl.load(entries + source[:, None] * ROOM + number[None, :], mask=inside, other=0)
+
+
 @triton.jit(do_not_specialize=["first_tile"])
 def expand_kernel(
-    entries, entry_counts, indices, counts, overflow, q_len, first_tile,
+    entries, entry_counts, listed, offsets, counts, used, overflow, q_len, capacity, first_tile,
     ROOM: tl.constexpr, LIST_ROOM: tl.constexpr, CHUNK: tl.constexpr, ROW_BLOCK: tl.constexpr, BM: tl.constexpr,
     R: tl.constexpr,
 ):  # fmt: skip
-    """R rows of a tile: their words (see sparse_scores) become key indices.
+    """R rows of a tile: their words (see sparse_scores) become key indices, one row's list after another's.
 
     Args:
         entries, entry_counts: (tiles, BM, ROOM) and (tiles, BM) int32, from `candidates_kernel`.
-        indices: (batch * heads, q_len, LIST_ROOM) int32, written up to the row's count.
-        counts: (batch * heads, q_len) int32; 0 for rows that do not fit.
+        listed: (batch * heads, capacity) int32, the keys of all rows.
+        offsets, counts: (batch * heads, q_len) int32: where in `listed` a row's list begins, and how long it is; 0 keys
+            for rows that do not fit.
+        used: (batch * heads,) int32, how much of `listed` is taken; programs draw their part in no particular order.
         overflow: (batch * heads, ceil(q_len / ROW_BLOCK)) uint8, set to 1 where a row does not fit.
     """
     parts: tl.constexpr = BM // R
@@ -51,88 +61,210 @@ def expand_kernel(
     exists = rows < q_len
     source = slot.to(tl.int64) * BM + in_tile
     written = tl.load(entry_counts + source, mask=exists, other=0)
-    target = indices + (group * q_len + rows)[:, None] * LIST_ROOM
+    fits = written <= ROOM
+    written = tl.where(fits, written, 0)
+    longest = tl.max(written, 0)
     total = tl.zeros([R], tl.int32)
-    for first in range(0, tl.minimum(tl.max(written, 0), ROOM), CHUNK):
-        number = first + tl.arange(0, CHUNK)
-        inside = number[None, :] < written[:, None]
-        entry = tl.load(entries + source[:, None] * ROOM + number[None, :], mask=inside, other=0)
+    for first in range(0, longest, CHUNK):
+        total += tl.sum(_count_bits(_load_words(entries, source, first, written, ROOM, CHUNK) & 0xFFFF), 1)
+    fits = fits & (total <= LIST_ROOM)
+    total = tl.where(fits, total, 0)
+    all_rows = tl.sum(total, 0)
+    begin = tl.atomic_add(used + group, all_rows, sem="relaxed")
+    fits = fits & (begin + all_rows <= capacity)
+    total = tl.where(fits, total, 0)
+    offset = begin + tl.cumsum(total, 0) - total
+    row_number = group * q_len + rows
+    tl.store(counts + row_number, total, mask=exists)
+    tl.store(offsets + row_number, offset, mask=exists)
+    row_blocks = tl.cdiv(q_len, ROW_BLOCK)
+    tl.store(overflow + group * row_blocks + rows // ROW_BLOCK, tl.full([R], 1, tl.uint8), mask=exists & (fits == 0))
+
+    written = tl.where(fits, written, 0)
+    target = listed + group * capacity + offset[:, None]
+    for first in range(0, tl.max(written, 0), CHUNK):
+        entry = _load_words(entries, source, first, written, ROOM, CHUNK)
         word = entry & 0xFFFF
         first_key = ((entry >> 18) & 0x3FFF) * 64 + ((entry >> 16) & 3) * 2
         ones = _count_bits(word)
-        place = total[:, None] + tl.cumsum(ones, 1) - ones
-        total += tl.sum(ones, 1)
+        place = tl.cumsum(ones, 1) - ones
         for step in range(0, tl.max(tl.max(ones, 1), 0)):
             lowest = word & (-word)
             bit = _count_bits(lowest - 1)
             key = first_key + (bit >> 1) * 8 + (bit & 1)
-            tl.store(target + place + step, key, mask=(word != 0) & (place + step < LIST_ROOM))
+            tl.store(target + place + step, key, mask=word != 0)
             word = word ^ lowest
-    fits = (written <= ROOM) & (total <= LIST_ROOM)
-    tl.store(counts + group * q_len + rows, tl.where(fits, total, 0), mask=exists)
-    row_blocks = tl.cdiv(q_len, ROW_BLOCK)
-    tl.store(overflow + group * row_blocks + rows // ROW_BLOCK, tl.full([R], 1, tl.uint8), mask=exists & (fits == 0))
+        target += tl.sum(ones, 1)[:, None]
 
 
 @triton.jit
-def listed_keys(lists, number, count, exists):
-    """(keys, inside) of the lists' places `number`: key indices (rows, keys), 0 beyond a row's count.
+def packed_entry(key, excess):
+    """int32 of a key below 2^18, in the upper bits, and r = [u - tau]_+ in [0, 1] as the 14 bits of a float16."""
+    bits = excess.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+    return (key << 14) | (bits & 0x3FFF)
 
-    The load does not wait for the count.
-    """
-    keys = tl.load(lists + number, mask=exists[:, None], other=0)
-    inside = number < count[:, None]
-    return tl.where(inside, keys, 0), inside
+
+@triton.jit
+def unpacked_entry(entry):
+    """(key, r) of `packed_entry`, r in float32."""
+    excess = (entry & 0x3FFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return (entry >> 14) & 0x3FFFF, excess
 
 
 @triton.jit
 def gather_rows(pointer, row_stride, keys, inside, D: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """(rows, keys, D) float32: the rows of a matrix at the indices `keys` (rows, keys), zeros where not `inside`."""
-    dim = tl.arange(0, D)
-    pointers = pointer + keys.to(tl.int64)[:, :, None] * row_stride + dim[None, None, :]
-    mask = inside[:, :, None]
+    """(..., D) float32: the rows of a matrix at the indices `keys` (..., 1), zeros where not `inside`."""
+    dim = tl.arange(0, D)[None, :]
+    if len(keys.shape) == 3:
+        dim = dim[None, :, :]
+    pointers = pointer + keys.to(tl.int64) * row_stride + dim
     if HEAD_DIM != D:
-        mask = mask & (dim[None, None, :] < HEAD_DIM)
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        inside = inside & (dim < HEAD_DIM)
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def list_scores(q, k, keys, inside, position, slope, scoring):
-    """(rows, keys) float32: (alpha-1)(scale q k - slope |position - j|) of the listed keys, -inf where not `inside`."""
-    score = tl.sum(q[:, None, :] * k, 2) * scoring.scale
+def list_scores(product, keys, inside, position, slope, scoring):
+    """(alpha-1)(scale q k - slope |position - j|) of listed keys from their products q k, -inf where not `inside`."""
+    score = product * scoring.scale
     if scoring.slopes is not None:
-        score -= slope * tl.abs(position[:, None] - keys).to(tl.float32)
+        score -= slope * tl.abs(position - keys).to(tl.float32)
     return tl.where(inside, score, float("-inf"))
+
+
+@triton.jit
+def _sum_keys(values):
+    """(rows,): the sums over (chunks, rows, CHUNK). In this order a row's keys lie in few lanes."""
+    return tl.sum(tl.sum(values, 0), 1)
+
+
+@triton.jit
+def _solve(scores, start, longest, exponent: tl.constexpr):
+    """tau of the rows of scores (chunks, rows, CHUNK), relative to a row's maximum of 0; from `start`, at most tau."""
+    tau = start
+    steps = 0
+    going = longest > 0
+    while going:
+        p, s = support_powers(tl.maximum(scores - tau[None, :, None], 0.0), exponent)
+        total = _sum_keys(p)
+        norm = entmax_norm(tl.where(total > 0, total, 1.0), exponent)
+        slope_sum = _sum_keys(s)
+        step = tl.maximum((norm - 1.0) * total / (norm * tl.where(slope_sum > 0, slope_sum, 1.0)), 0.0)
+        tau += tl.where(total > 0, step, 0.0)
+        steps += 1
+        going = (tl.max(step, 0) > 3e-7) & (steps < _MAX_STEPS)
+    return tau
+
+
+@triton.jit
+def _attend(
+    q, key_pointer, key_row, value_pointer, value_row, listed, column_counts, count, exists, position, slope, start,
+    scoring,
+    ROOM: tl.constexpr, CHUNK: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DV: tl.constexpr, VALUE_DIM: tl.constexpr,
+):  # fmt: skip
+    """R rows with at most ROOM keys each: (output, mean value, tau); tau is +inf for rows without a key.
+
+    listed points to each row's first entry, (R, 1); if PACK, the entries get their r (see `packed_entry`)
+    and keys with r > 0 are counted in column_counts.
+    """
+    R: tl.constexpr = q.shape[0]
+    chunks: tl.constexpr = ROOM // CHUNK
+    part = tl.arange(0, chunks)[:, None, None]
+    in_chunk = tl.arange(0, CHUNK)[None, :]
+    longest = tl.max(count, 0)
+    scores = tl.full([chunks, R, CHUNK], float("-inf"), tl.float32)
+    for chunk in range(0, tl.cdiv(longest, CHUNK)):
+        number = chunk * CHUNK + in_chunk
+        inside = number < count[:, None]
+        keys = tl.load(listed + number, mask=inside, other=0)
+        k = gather_rows(key_pointer, key_row, keys[:, :, None], inside[:, :, None], D, HEAD_DIM)
+        score = list_scores(tl.sum(q[:, None, :] * k, 2), keys, inside, position[:, None], slope, scoring)
+        scores = tl.where(part == chunk, score[None, :, :], scores)
+
+    top = tl.max(tl.max(scores, 0), 1)
+    some = top > float("-inf")
+    top = tl.where(some, top, 0.0)
+    # relative to the maximum, where float32 is fine
+    start = tl.where(some, tl.maximum(start - top, -1.0), 0.0)
+    tau = _solve(scores - top[None, :, None], start, longest, scoring.exponent) + top
+
+    excess = tl.maximum(scores - tau[None, :, None], 0.0)
+    p, s = support_powers(excess, scoring.exponent)
+    total = _sum_keys(p)
+    slope_sum = _sum_keys(s)
+    out = tl.zeros([R, DV], tl.float32)
+    mean = tl.zeros([R, DV], tl.float32)
+    for chunk in range(0, tl.cdiv(longest, CHUNK)):
+        number = chunk * CHUNK + in_chunk
+        inside = number < count[:, None]
+        keys = tl.load(listed + number, mask=inside, other=0)
+        v = gather_rows(value_pointer, value_row, keys[:, :, None], inside[:, :, None], DV, VALUE_DIM)
+        r = tl.sum(tl.where(part == chunk, excess, 0.0), 0)
+        if PACK:
+            entry = packed_entry(keys, r)
+            tl.store(listed + number, entry, mask=inside)
+            tl.atomic_add(column_counts + keys, 1, mask=inside & ((entry & 0x3FFF) != 0), sem="relaxed")
+        weight, derivative = support_powers(r, scoring.exponent)
+        out += tl.sum(weight[:, :, None] * v, 1)
+        mean += tl.sum(derivative[:, :, None] * v, 1)
+    out = out / tl.where(total > 0, total, 1.0)[:, None]
+    mean = mean / tl.where(slope_sum > 0, slope_sum, 1.0)[:, None]
+    return out, mean, tl.where(some, tau, float("inf"))
+
+
+@triton.jit
+def _store_list_rows(rows, batch, head, index, exists, values, D: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Writes (R, D) values to the rows `index` of one head."""
+    dim = tl.arange(0, D)
+    pointer = rows.pointer + batch * rows.batch + head.to(tl.int64) * rows.head
+    tl.store(
+        pointer + index.to(tl.int64)[:, None] * rows.row + dim[None, :],
+        values.to(rows.pointer.dtype.element_ty),
+        mask=exists[:, None] & (dim[None, :] < HEAD_DIM),
+    )
 
 
 @triton.jit(do_not_specialize=["first_tile"])
 def list_forward_kernel(
-    query, key, value, output, tau_out, bounds, indices, counts, scoring, heads, kv_heads, q_len, kv_len, first_tile,
-    LIST_ROOM: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-    HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
+    query, key, value, output, mean_value, tau_out, bounds, listed, offsets, counts, column_counts, overflow, scoring,
+    heads, kv_heads, q_len, kv_len, capacity, first_tile,
+    LIST_ROOM: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, R: tl.constexpr, ROW_BLOCK: tl.constexpr,
+    PACK: tl.constexpr,
+    D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
-    """R rows of a tile: tau and the output from their lists. Rows with an empty list get zeros and tau = +inf.
+    """R rows of a tile: tau, the output and the mean value from their lists. Rows with an empty list get zeros and
+    tau = +inf; overflowed row blocks are left alone.
 
     Args:
-        query, key, value, output: Rows.
+        query, key, value, output, mean_value: Rows.
         tau_out: (batch * heads, q_len) float32.
         bounds: (tiles, BM) float32, where Newton's method starts.
-        indices, counts: the lists, (batch * heads, q_len, LIST_ROOM) and (batch * heads, q_len) int32.
+        listed, offsets, counts, overflow: the lists, see `expand_kernel`.
+        column_counts: (batch * kv_heads, kv_len) int32, added to if PACK: how many rows give each key a weight.
+        PACK: write each entry's r into the lists, for the backward pass.
     """
     parts: tl.constexpr = BM // R
     slot = tl.program_id(0) // parts
     row_tiles = tl.cdiv(q_len, BM)
     tile = first_tile + slot
     group = tile // row_tiles
+    first_row = (row_tiles - 1 - tile % row_tiles) * BM + (tl.program_id(0) % parts) * R
+    row_blocks = tl.cdiv(q_len, ROW_BLOCK)
+    if first_row >= q_len:
+        return
+    if tl.load(overflow + group.to(tl.int64) * row_blocks + first_row // ROW_BLOCK) != 0:
+        return
     batch = (group // heads).to(tl.int64)
     head = group % heads
     kv_head = (head // (heads // kv_heads)).to(tl.int64)
     in_tile = (tl.program_id(0) % parts) * R + tl.arange(0, R)
-    rows = (row_tiles - 1 - tile % row_tiles) * BM + in_tile
+    rows = first_row + tl.arange(0, R)
     exists = rows < q_len
     row_number = group.to(tl.int64) * q_len + rows
     count = tl.load(counts + row_number, mask=exists, other=0)
-    longest = tl.max(count, 0)
+    offset = tl.load(offsets + row_number, mask=exists, other=0)
+    start = tl.load(bounds + slot.to(tl.int64) * BM + in_tile)
     dim = tl.arange(0, D)
     q_pointer = query.pointer + batch * query.batch + head.to(tl.int64) * query.head
     q_mask = exists[:, None] & (dim[None, :] < HEAD_DIM)
@@ -144,55 +276,20 @@ def list_forward_kernel(
     position = rows + (kv_len - q_len)
     key_pointer = key.pointer + batch * key.batch + kv_head * key.head
     value_pointer = value.pointer + batch * value.batch + kv_head * value.head
-    lists = indices + row_number[:, None] * LIST_ROOM
-
-    chunks: tl.constexpr = LIST_ROOM // CHUNK
-    part = tl.arange(0, chunks)[None, :, None]
-    in_chunk = tl.arange(0, CHUNK)[None, :]
-    scores = tl.full([R, chunks, CHUNK], float("-inf"), tl.float32)
-    for chunk in range(0, tl.cdiv(longest, CHUNK)):
-        number = chunk * CHUNK + in_chunk
-        keys, inside = listed_keys(lists, number, count, exists)
-        k = gather_rows(key_pointer, key.row, keys, inside, D, HEAD_DIM)
-        score = list_scores(q, k, keys, inside, position, slope, scoring)
-        scores = tl.where(part == chunk, score[:, None, :], scores)
-
-    flat = tl.reshape(scores, [R, LIST_ROOM])
-    top = tl.max(flat, 1)
-    some = top > float("-inf")
-    top = tl.where(some, top, 0.0)
-    start = tl.load(bounds + slot.to(tl.int64) * BM + in_tile)
-    # relative to the maximum, where float32 is fine
-    flat = flat - top[:, None]
-    tau = tl.where(some, tl.maximum(start - top, -1.0), 0.0)
-    steps = 0
-    going = longest > 0
-    while going:
-        p, s = support_powers(tl.maximum(flat - tau[:, None], 0.0), scoring.exponent)
-        total = tl.sum(p, 1)
-        norm = entmax_norm(tl.where(total > 0, total, 1.0), scoring.exponent)
-        slope_sum = tl.sum(s, 1)
-        step = tl.maximum((norm - 1.0) * total / (norm * tl.where(slope_sum > 0, slope_sum, 1.0)), 0.0)
-        tau += tl.where(total > 0, step, 0.0)
-        steps += 1
-        going = (tl.max(step, 0) > 3e-7) & (steps < _MAX_STEPS)
-
-    p, s = support_powers(tl.maximum(scores - (top + tau)[:, None, None], 0.0), scoring.exponent)
-    total = tl.sum(tl.reshape(p, [R, LIST_ROOM]), 1)
-    p = p / tl.where(total > 0, total, 1.0)[:, None, None]
-    out = tl.zeros([R, DV], tl.float32)
-    for chunk in range(0, tl.cdiv(longest, CHUNK)):
-        number = chunk * CHUNK + in_chunk
-        keys, inside = listed_keys(lists, number, count, exists)
-        v = gather_rows(value_pointer, value.row, keys, inside, DV, VALUE_DIM)
-        weight = tl.sum(tl.where(part == chunk, p, 0.0), 1)
-        out += tl.sum(weight[:, :, None] * v, 1)
-
-    value_dim = tl.arange(0, DV)
-    out_pointer = output.pointer + batch * output.batch + head.to(tl.int64) * output.head
-    tl.store(
-        out_pointer + rows.to(tl.int64)[:, None] * output.row + value_dim[None, :],
-        out.to(output.pointer.dtype.element_ty),
-        mask=exists[:, None] & (value_dim[None, :] < VALUE_DIM),
-    )
-    tl.store(tau_out + row_number, tl.where(some, top + tau, float("inf")), mask=exists)
+    lists = listed + group.to(tl.int64) * capacity + offset[:, None]
+    if PACK:
+        column_counts += (batch * kv_heads + kv_head) * kv_len
+    half: tl.constexpr = LIST_ROOM // 2
+    if tl.max(count, 0) <= half:
+        out, mean, tau = _attend(
+            q, key_pointer, key.row, value_pointer, value.row, lists, column_counts, count, exists, position, slope,
+            start, scoring, half, CHUNK, PACK, D, HEAD_DIM, DV, VALUE_DIM,
+        )  # fmt: skip
+    else:
+        out, mean, tau = _attend(
+            q, key_pointer, key.row, value_pointer, value.row, lists, column_counts, count, exists, position, slope,
+            start, scoring, LIST_ROOM, CHUNK, PACK, D, HEAD_DIM, DV, VALUE_DIM,
+        )  # fmt: skip
+    _store_list_rows(output, batch, head, rows, exists, out, DV, VALUE_DIM)
+    _store_list_rows(mean_value, batch, head, rows, exists, mean, DV, VALUE_DIM)
+    tl.store(tau_out + row_number, tau, mask=exists)

@@ -36,12 +36,11 @@ NO_RANGES = RowRanges(None, None, None, None, None)
 # Variants of the passes over the scores and of those on the list. Each is timed kernel by kernel.
 SWEEP: list[dict[str, Any]] = [
     {},
-    {"maxima_registers": None, "bound_unit": 16},
-    {"maxima_warps": 4, "maxima_registers": 168, "candidate_warps": 4, "candidate_registers": 168},
-    {"maxima_warps": 4, "maxima_keys": 64, "block": 64, "candidate_warps": 4},
-    {"rows": 64, "maxima_warps": 4, "candidate_warps": 4, "bound_warps": 8},
-    {"grad_chunk": 8, "list_rows": 2, "list_chunk": 16},
-    {"grad_chunk": 32, "list_rows": 1, "list_chunk": 16, "expand_rows": 4},
+    {"grad_rows": 1, "column_keys": 1},
+    {"grad_rows": 8, "column_keys": 8},
+    {"grad_chunk": 8, "column_chunk": 8},
+    {"grad_chunk": 32, "column_chunk": 32},
+    {"list_registers": 96, "grad_registers": 80},
 ]
 
 
@@ -113,20 +112,20 @@ class Case:
         self.tiles = tiles or sparse_tiles(torch.bfloat16, head_dim)
         self.output = torch.empty_like(self.query)
         self.tau = torch.empty(self.query.shape[:3], device="cuda")
-        self.query_grad = torch.empty_like(self.query)
+        self.mean_value, self.query_grad, self.key_grad, self.value_grad = (
+            torch.empty_like(tensor) for tensor in (self.query, self.query, self.key, self.value)
+        )
 
     def forward(self) -> None:
         norms = largest_key_norms(self.problem)
-        self.lists = sparse_forward(self.problem, self.output, self.tau, norms, self.tiles)
+        self.lists = sparse_forward(self.problem, self.output, self.tau, self.mean_value, norms, self.tiles)
 
     def backward(self, deterministic: bool = False) -> None:
-        self.key_sums = torch.zeros(self.key.shape, device="cuda")
-        self.value_sums = torch.zeros(self.value.shape, device="cuda")
         sparse_backward(
-            self.problem, self.tau, self.lists, self.grad, self.query_grad, self.key_sums, self.value_sums,
+            self.problem, self.tau, self.mean_value, self.lists, self.grad, self.query_grad, self.key_grad,
+            self.value_grad,
             deterministic=deterministic, tiles=self.tiles,
         )  # fmt: skip
-        self.key_grad, self.value_grad = self.key_sums.to(self.key.dtype), self.value_sums.to(self.key.dtype)
 
     def both(self) -> None:
         self.forward()

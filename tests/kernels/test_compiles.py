@@ -10,6 +10,7 @@ from pathlib import Path
 KERNELS = (
     "block_maxima_kernel",
     "candidates_kernel",
+    "column_gradient_kernel",
     "decode_output_kernel",
     "decode_scores_kernel",
     "dense_forward_kernel",

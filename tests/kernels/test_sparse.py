@@ -23,6 +23,8 @@ from hf_asentmax.kernels.sparse_attention import (
     sparse_unsupported_reason,
 )
 
+from reference import assert_close
+
 FORWARD_TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 ON_GPU = torch.cuda.is_available()
 # the interpreter computes no bfloat16 products (triton 3.6)
@@ -33,7 +35,7 @@ def tiles_of(dtype: torch.dtype, head_dim: int, **changes: int) -> SparseTiles:
     """The tiles as they are, but fewer, larger programs for the interpreter, which takes its time for each."""
     tiles = sparse_tiles(dtype, head_dim)
     if not ON_GPU:
-        tiles = tiles._replace(rows=64, list_rows=32, grad_rows=32, expand_rows=32)
+        tiles = tiles._replace(rows=64, list_rows=32, expand_rows=32)
     return tiles._replace(**changes)
 
 
@@ -90,12 +92,12 @@ class Call:
         self.output = torch.full((*self.query.shape[:3], value.shape[3]), math.nan).to(self.query)
         self.tau = torch.full(self.query.shape[:3], math.nan, device=key.device)
         norms = key.float().norm(dim=-1).amax(-1).reshape(-1)
-        lists = sparse_forward(self.problem, self.output, self.tau, norms, tiles)
+        self.mean_value = torch.full_like(self.output, math.nan)
+        lists = sparse_forward(self.problem, self.output, self.tau, self.mean_value, norms, tiles)
         self.query_grad = torch.full_like(self.query, math.nan)
-        self.key_grad = torch.zeros(key.shape, device=key.device)
-        self.value_grad = torch.zeros(value.shape, device=key.device)
+        self.key_grad, self.value_grad = torch.full_like(key, math.nan), torch.full_like(value, math.nan)
         sparse_backward(
-            self.problem, self.tau, lists, self.grad, self.query_grad, self.key_grad, self.value_grad,
+            self.problem, self.tau, self.mean_value, lists, self.grad, self.query_grad, self.key_grad, self.value_grad,
             deterministic=deterministic, tiles=tiles,
         )  # fmt: skip
         return lists
@@ -174,7 +176,8 @@ def test_lists_hold_the_support(device: str) -> None:
     support = ((scores.masked_fill(hidden, -math.inf) - call.tau.double()[..., None]) > 1e-5)[0]
     for head in range(2):
         for row in range(100):
-            listed = lists.indices[head, row, : lists.counts[head, row]].tolist()
+            begin = lists.offsets[head, row]
+            listed = lists.listed[head, begin : begin + lists.counts[head, row]].tolist()
             assert len(set(listed)) == len(listed)
             assert set(support[head, row].nonzero().flatten().tolist()) <= set(listed)
             assert len(listed) <= 2 * support[head, row].sum() + 5
@@ -230,6 +233,20 @@ def test_deterministic(device: str) -> None:
     first = call.key_grad.clone(), call.value_grad.clone()
     call.run(tiles, deterministic=True)
     assert torch.equal(first[0], call.key_grad) and torch.equal(first[1], call.value_grad)
+
+
+def test_lists_that_outgrow_their_room_are_flagged(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for three keys a row on average, not all blocks of rows get lists; what those get is right."""
+    monkeypatch.setattr("hf_asentmax.kernels.sparse_attention._KEYS_A_ROW", 3)
+    call = Call(device, q_len=256, kv_len=256, heads=2, kv_heads=2)
+    lists = call.run(tiles_of(torch.float32, 16))
+    assert lists.overflow.any()
+    ends = lists.offsets + lists.counts
+    assert ends[lists.counts > 0].max() <= lists.listed.shape[1]
+    exact = call.reference()[0]
+    for head, block in (lists.overflow == 0).nonzero().tolist():
+        rows = slice(block * ROW_BLOCK, (block + 1) * ROW_BLOCK)
+        assert_close("output", call.output[:, head, rows], exact[:, head, rows], 1e-5)
 
 
 def test_chunks_of_row_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,8 @@ def lists_of(problem: Problem) -> SparseLists:
     query, key = problem.query, problem.key
     output, tau = torch.zeros_like(query), torch.zeros(query.shape[:3], device=query.device)
     largest_key = key.norm(dim=-1).amax(-1).reshape(-1)
-    return sparse_forward(problem, output, tau, largest_key, sparse_tiles(query.dtype, query.shape[3]))
+    tiles = sparse_tiles(query.dtype, query.shape[3])
+    return sparse_forward(problem, output, tau, torch.zeros_like(output), largest_key, tiles)
 
 
 def test_flagged_row_blocks_are_left_alone(device: str) -> None:
