@@ -13,8 +13,8 @@ from .problem import Problem, on_device, padded, rows_of
 
 __all__ = ["DecodeTiles", "decode", "decode_tiles"]
 
-_BOUND_STEPS = 6  # more list no fewer candidates
-_STEPS = 8
+_BOUND_STEPS = 4  # simulated: more list hardly fewer candidates
+_STEPS = 24
 _MOST_TILES_AT_ONCE = 4096
 
 
@@ -25,7 +25,7 @@ class DecodeTiles(NamedTuple):
         rows: query rows a program of the first kernel; keys: keys a tile; tiles: tiles a program, a power of two.
         warps, stages: of the first kernel.
         parts: programs of the second kernel that share a query row.
-        room: candidates in a row's list, a multiple of 32.
+        room: candidates in a row's list.
         values: values gathered at once; output_warps: warps of the second kernel.
     """
 
@@ -60,7 +60,7 @@ def decode_tiles(problem: Problem) -> DecodeTiles:
     while tiles > 1 and groups * -(-kv_len // (keys * tiles)) < 6 * processors:
         tiles //= 2
     parts = min(8, max(1, 2 * processors // (batch * heads * q_len)))
-    room = min(8192, -(-kv_len // 32) * 32)
+    room = min(max(8192, kv_len // 8), kv_len)
     values = 64 if problem.width <= 128 else 32
     return DecodeTiles(rows, keys, tiles, 4, stages, parts, room, values, 4)
 
@@ -142,10 +142,10 @@ def decode(
             NB=at_once,
             ONE=tiles <= at_once,
             BN=sizes.keys,
-            CB=2048 // sizes.keys,
+            CB=512 * sizes.output_warps // sizes.keys,
             ROOM=sizes.room,
             FEW=512,
-            MANY=2048,
+            MANY=512 * sizes.output_warps,
             CV=sizes.values,
             BOUND_STEPS=_BOUND_STEPS,
             STEPS=_STEPS,
