@@ -59,13 +59,14 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """One call's tensors: query, key, value in bfloat16, a mask (batch, 1, 1, kv_len), ALiBi slopes."""
+    """One call's tensors: query, key, value in bfloat16, a mask (batch, 1, 1, kv_len), ALiBi slopes, key norms."""
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
     mask: torch.Tensor | None
     slopes: torch.Tensor | None
+    bound: torch.Tensor | None
 
 
 def ordered_cases(kinds: list[str], lengths: list[int], batches: list[int]) -> Iterator[Case]:
@@ -102,7 +103,10 @@ def make_inputs(case: Case, device: str = "cuda") -> list[Inputs]:
         query = torch.randn(case.batch, case.heads, 1, case.head_dim, device=device)
         query = (query * (0.05 if case.kind == "near-uniform" else 1.0)).bfloat16()
         key, value = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
-        made.append(Inputs(query, key, value, mask, slopes))
+        bound = None  # as the plugin keeps it with a cache
+        if slopes is not None:
+            bound = torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax(-1)
+        made.append(Inputs(query, key, value, mask, slopes, bound))
     return made
 
 
@@ -114,6 +118,7 @@ def _ours(inputs: Inputs) -> torch.Tensor:
         is_causal=inputs.mask is None,
         attention_mask=inputs.mask,
         alibi_slopes=inputs.slopes,
+        key_norm_bound=inputs.bound,
         backend="triton",
     )
 

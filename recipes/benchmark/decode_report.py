@@ -1,0 +1,71 @@
+"""The table of decode.json: one decoding step, ours beside softmax attention.
+
+python recipes/benchmark/decode_report.py            # writes decode.md beside the JSON
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from recipes.benchmark.decode import PEERS
+
+CASE = ("kind", "heads", "kv_heads", "head_dim", "kv_len", "batch")
+
+
+def by_case(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
+    """Case -> method -> its row, in the order of the results; failed rows are left out."""
+    grouped: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
+    for row in results:
+        if "failed" not in row:
+            grouped[tuple(row[name] for name in CASE)][row["method"]] = row
+    return dict(grouped)
+
+
+def table(content: dict[str, Any]) -> str:
+    """Markdown: a line per case; microseconds, and in brackets the peer's time over ours."""
+    cases = by_case(content["results"])
+    peers = [peer for peer in PEERS if any(peer in rows for rows in cases.values())]
+    columns = ["input", "heads x D", "keys", "batch", "support", "error", "ours", "share of the byte floor", *peers]
+    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    for (kind, heads, kv_heads, head_dim, kv_len, batch), rows in cases.items():
+        ours = rows.get("ours")
+        if ours is None:
+            continue
+        cells = [kind, f"{heads}/{kv_heads} x {head_dim}", f"{kv_len:,}", str(batch), str(ours.get("support", "-"))]
+        cells.append(f"{ours['error']:.1e}" if "error" in ours else "-")
+        cells.append(f"{1e3 * ours['ms']:.1f}")
+        cells.append(f"{ours['share_of_floor']:.2f}" if "share_of_floor" in ours else "-")
+        for peer in peers:
+            row = rows.get(peer)
+            cells.append("-" if row is None else f"{1e3 * row['ms']:.1f} ({row['ms'] / ours['ms']:.2f}x)")
+        lines.append("| " + " | ".join(cells) + " |")
+    device, versions = content["device"]["name"], content["versions"]["torch"]
+    lines += [
+        "",
+        "Microseconds of one step inside a CUDA graph, medians; in brackets the peer's time over ours. bfloat16, "
+        f"{device} (copies {content['copy_tb_per_s']} TB/s), torch {versions}, commit {str(content['commit'])[:10]}, "
+        f"`{content['command']}`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """The command line; see the module's description."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).with_name("decode.json"))
+    arguments = parser.parse_args()
+    content = json.loads(arguments.results.read_text(encoding="utf-8"))
+    text = table(content)
+    arguments.results.with_suffix(".md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
