@@ -102,6 +102,25 @@ def test_beams_and_assisted_decoding(decode_calls: list[bool], monkeypatch: pyte
     assert decode_calls
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_compiled_static_cache_at_length(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs, rows padded to the left: the same tokens as the dynamic cache and plain PyTorch."""
+    model, ids = build(family), random_ids(3, 500).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :300] = 0
+    mask[1, :7] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    dynamic = model.generate(ids, **settings)
+    static = model.generate(ids, cache_implementation="static", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(forward, "entmax_attention", partial(entmax_attention, backend="eager"))
+        eager = model.generate(ids, **settings)
+    assert torch.equal(dynamic, eager)
+    assert torch.equal(static, eager)
+
+
 def _norms(key: torch.Tensor) -> torch.Tensor:
     return key.norm(dim=-1).amax((0, 2))
 

@@ -289,3 +289,17 @@ def test_runs_in_a_cuda_graph_bit_by_bit(kv_len: int, kind: str) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(captured, expected)
+
+
+@pytest.mark.parametrize(
+    ("bound", "error", "message"),
+    [
+        (torch.ones(1, 3), ValueError, "one norm a key head"),
+        (torch.ones(1, 2, dtype=torch.long), TypeError, "floating point"),
+        (1.0, TypeError, "floating point"),
+    ],
+)
+def test_a_bad_bound_is_refused(bound: Any, error: type[Exception], message: str) -> None:
+    query, key, value, _ = tensors(Case("bound", q_len=1, kv_len=300, head_dim=16), "cpu")
+    with pytest.raises(error, match=message):
+        entmax_attention(query, key, value, key_norm_bound=bound)
