@@ -22,12 +22,13 @@ def _problem(
     is_causal: bool,
     sliding_window: int | None,
     softcap: float | None,
+    for_backward: bool = True,
 ) -> Any:
     from .problem import Problem
 
     query, key, value = (_unit_stride(tensor) for tensor in (query, key, value))
     ranges = ranges._replace(key_valid=_as_bytes(ranges.key_valid), dense_mask=_as_bytes(ranges.dense_mask))
-    return Problem(query, key, value, alpha, scale, is_causal, sliding_window, softcap, slopes, ranges)
+    return Problem(query, key, value, alpha, scale, is_causal, sliding_window, softcap, slopes, ranges, for_backward)
 
 
 def _as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -41,103 +42,103 @@ def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
 
 def _new_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """(batch, heads, q_len, value_dim) with heads next to head_dim, as models merge them afterwards."""
+    return _new_rows(query, value).transpose(1, 2)
+
+
+def _new_rows(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """(batch, q_len, heads, value_dim): what the operator returns, no view, so that it may be changed in place."""
     batch, heads, q_len, _ = query.shape
-    return query.new_empty(batch, q_len, heads, value.shape[3]).transpose(1, 2)
+    return query.new_empty(batch, q_len, heads, value.shape[3])
 
 
-@torch.library.custom_op("hf_asentmax::entmax_attention", mutates_args=())
-def _forward(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    slopes: torch.Tensor | None,
-    start: torch.Tensor | None,
-    stop: torch.Tensor | None,
-    key_valid: torch.Tensor | None,
-    has_holes: torch.Tensor | None,
-    dense_mask: torch.Tensor | None,
-    alpha: float,
-    scale: float,
-    is_causal: bool,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor,
-    torch.Tensor,
-]:  # fmt: skip
-    """(output, *state): see regimes.State."""
+# Defined by hand: the wrappers of torch.library.custom_op take the host about 0.1 ms a call.
+_library = torch.library.Library("hf_asentmax", "FRAGMENT")
+_inputs = (
+    "Tensor query, Tensor key, Tensor value, Tensor? slopes, Tensor? start, Tensor? stop, Tensor? key_valid, "
+    "Tensor? has_holes, Tensor? dense_mask"
+)
+_options = "float alpha, float scale, bool is_causal, SymInt? sliding_window, float? softcap"
+_library.define(
+    f"entmax_attention({_inputs}, {_options}, bool for_backward) -> (Tensor, Tensor[])",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    f"entmax_attention_backward(Tensor grad, {_inputs}, Tensor[] state, {_options}) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_INPUTS = 9  # tensors among the arguments, and None where there is none
+
+
+def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(output, (batch, q_len, heads, value_dim); regimes.State)"""
     from .regimes import forward
 
-    ranges = RowRanges(start, stop, key_valid, has_holes, dense_mask)
-    problem = _problem(query, key, value, slopes, ranges, alpha, scale, is_causal, sliding_window, softcap)
-    output = _new_output(query, value)
-    return output, *forward(problem, output)
+    query, key, value, slopes, *ranges = arguments[:_INPUTS]
+    problem = _problem(query, key, value, slopes, RowRanges(*ranges), *arguments[_INPUTS:])
+    output = _new_rows(query, value)
+    return output, list(forward(problem, output.transpose(1, 2)))
 
 
-@_forward.register_fake
-def _(query, key, value, slopes, start, stop, key_valid, has_holes, dense_mask, alpha, scale, *options):
+def _forward_of_shapes(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     from .regimes import new_state
 
-    ranges = RowRanges(start, stop, key_valid, has_holes, dense_mask)
-    state = new_state(_problem(query, key, value, slopes, ranges, alpha, scale, *options))
-    return _new_output(query, value), *state
+    query, key, value, slopes, *ranges = arguments[:_INPUTS]
+    problem = _problem(query, key, value, slopes, RowRanges(*ranges), *arguments[_INPUTS:])
+    return _new_rows(query, value), list(new_state(problem))
 
 
-@torch.library.custom_op("hf_asentmax::entmax_attention_backward", mutates_args=())
-def _backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    slopes: torch.Tensor | None,
-    start: torch.Tensor | None,
-    stop: torch.Tensor | None,
-    key_valid: torch.Tensor | None,
-    has_holes: torch.Tensor | None,
-    dense_mask: torch.Tensor | None,
-    tau: torch.Tensor,
-    mean_value: torch.Tensor,
-    block_map: torch.Tensor,
-    listed: torch.Tensor,
-    offsets: torch.Tensor,
-    counts: torch.Tensor,
-    column_counts: torch.Tensor,
-    overflow: torch.Tensor,
-    alpha: float,
-    scale: float,
-    is_causal: bool,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), laid out as query, key and value are."""
+def _backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv), laid out as query, key and value are; grad is as the operator's output."""
     from .regimes import State, backward
 
-    ranges = RowRanges(start, stop, key_valid, has_holes, dense_mask)
-    problem = _problem(query, key, value, slopes, ranges, alpha, scale, is_causal, sliding_window, softcap)
-    state = State(tau, mean_value, block_map, listed, offsets, counts, column_counts, overflow)
-    return backward(problem, state, _unit_stride(grad))
+    query, key, value, slopes, *ranges = arguments[:_INPUTS]
+    state, *options = arguments[_INPUTS:]
+    problem = _problem(query, key, value, slopes, RowRanges(*ranges), *options)
+    return backward(problem, State(*state), _unit_stride(grad).transpose(1, 2))
 
 
-@_backward.register_fake
-def _(grad, query, key, value, *rest):
-    return tuple(torch.empty_like(_unit_stride(tensor)) for tensor in (query, key, value))
+def _backward_of_shapes(_: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.empty_like(_unit_stride(tensor)) for tensor in arguments[:3])
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:9], *output[1:])
-    ctx.options = inputs[9:]
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+class _Attention(torch.autograd.Function):
+    """Output and state, flat; the gradients of query, key and value."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output, state = torch.ops.hf_asentmax.entmax_attention.default(*arguments)
+        ctx.save_for_backward(*arguments[:_INPUTS], *state)
+        ctx.options = arguments[_INPUTS:-1]
+        ctx.mark_non_differentiable(*state)
+        ctx.set_materialize_grads(False)
+        return output, *state
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        grads: tuple[torch.Tensor | None, ...] = (None, None, None)
+        if grad is not None:
+            saved = ctx.saved_tensors
+            backward = torch.ops.hf_asentmax.entmax_attention_backward.default
+            grads = backward(grad, *saved[:_INPUTS], saved[_INPUTS:], *ctx.options)
+        return (*grads, *(None,) * (len(ctx.needs_input_grad) - 3))
 
 
-def _differentiate(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    grads: tuple[torch.Tensor | None, ...] = (None, None, None)
-    if grad is not None:
-        grads = _backward(grad, *ctx.saved_tensors, *ctx.options)
-    return (*grads, *(None,) * (len(ctx.needs_input_grad) - 3))
+def _differentiable(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    *_, for_backward = arguments
+    if not for_backward:
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.hf_asentmax.entmax_attention.default(*arguments)
+    output, *state = _Attention.apply(*arguments)
+    return output, state
 
 
-_forward.register_autograd(_differentiate, setup_context=_setup_context)
+_library.impl("entmax_attention", _forward, "CompositeExplicitAutograd")
+_library.impl("entmax_attention", _differentiable, "Autograd")
+_library.impl("entmax_attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_asentmax::entmax_attention", _forward_of_shapes, lib=_library)
+torch.library.register_fake("hf_asentmax::entmax_attention_backward", _backward_of_shapes, lib=_library)
 
 
 def attention(
@@ -160,5 +161,8 @@ def attention(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     ranges = row_ranges(query.shape[2], key.shape[2], attention_mask=attention_mask, cu_seqlens=cu_seqlens)
     slopes = None if alibi_slopes is None else alibi_slopes.detach().to(torch.float32).contiguous()
-    output = _forward(query, key, value, slopes, *ranges, alpha, scale, is_causal, sliding_window, softcap)
-    return output[0]
+    options = (alpha, scale, is_causal, sliding_window, softcap)
+    for_backward = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    operator = torch.ops.hf_asentmax.entmax_attention.default
+    output, _ = operator(query, key, value, slopes, *ranges, *options, for_backward)
+    return output.transpose(1, 2)

@@ -26,6 +26,7 @@ class Problem:
         alpha, scale, is_causal, sliding_window, softcap: as in entmax_attention.
         slopes: (heads,) float32, or None.
         ranges: padding, packing and a free mask.
+        for_backward: a backward pass may follow.
     """
 
     query: torch.Tensor
@@ -38,6 +39,7 @@ class Problem:
     softcap: float | None
     slopes: torch.Tensor | None
     ranges: RowRanges
+    for_backward: bool = True
 
     @cached_property
     def width(self) -> int:

@@ -77,13 +77,32 @@ def test_inputs_that_are_no_numbers_show_in_the_output(case: Case, device: str) 
     assert output[:, :, 20:][above].isnan().all()
 
 
-def test_the_operator_passes_opcheck(device: str) -> None:
-    from hf_asentmax.kernels.op import _forward
+@pytest.mark.parametrize("for_backward", [True, False])
+def test_the_operator_passes_opcheck(for_backward: bool, device: str) -> None:
+    import hf_asentmax.kernels.op  # noqa: F401  (defines it)
 
     query, key, value, _ = tensors(Case("op", q_len=20, heads=1, head_dim=16), device)
-    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    settings = (1.5, 0.25, True, None, None)
-    torch.library.opcheck(_forward, (*leaves, None, None, None, None, None, None, *settings))
+    leaves = [tensor.requires_grad_(for_backward) for tensor in (query, key, value)]
+    settings = (1.5, 0.25, True, None, None, for_backward)
+    operator = torch.ops.hf_asentmax.entmax_attention.default
+    torch.library.opcheck(operator, (*leaves, None, None, None, None, None, None, *settings))
+
+
+def test_the_output_may_be_changed_in_place(device: str) -> None:
+    *inputs, grad = tensors(Case("in place", q_len=20, head_dim=16), device)
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    doubled = entmax_attention(*leaves, backend="triton").mul_(2.0)
+    plain = entmax_attention(*leaves, backend="triton") * 2.0
+    for first, second in zip(*(torch.autograd.grad(out, leaves, grad) for out in (doubled, plain)), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("case", REGIMES, ids=lambda case: case.name)
+def test_without_gradients_the_output_is_the_same(case: Case, device: str) -> None:
+    query, key, value, _ = tensors(case, device)
+    with_state = entmax_attention(query.requires_grad_(), key, value, backend="triton")
+    with torch.no_grad():
+        assert_close("output", entmax_attention(query, key, value, backend="triton"), with_state, 2e-3)
 
 
 def test_compiles_to_one_graph(device: str) -> None:
