@@ -22,6 +22,7 @@ __all__ = [
     "ROW_BLOCK",
     "SparseLists",
     "SparseTiles",
+    "first_places",
     "keeps_weights",
     "list_capacity",
     "sparse_backward",
@@ -33,7 +34,7 @@ __all__ = [
 # Query rows that fall to the dense regime together.
 ROW_BLOCK = 128
 # Bytes for the block maxima and candidate words of the row tiles that are worked on at a time.
-_WORKSPACE_BYTES = 64 << 20
+_WORKSPACE_BYTES = 256 << 20
 # Room in the lists, in keys a row on average: trained models have supports of 1 to 50.
 _KEYS_A_ROW = 64
 
@@ -104,7 +105,7 @@ class SparseTiles(NamedTuple):
     grad_warps: int = 1
     grad_registers: int | None = None
     column_keys: int = 4
-    column_chunk: int = 16
+    column_chunk: int = 8
 
 
 def sparse_tiles(dtype: torch.dtype, head_dim: int) -> SparseTiles:
@@ -118,7 +119,7 @@ def sparse_tiles(dtype: torch.dtype, head_dim: int) -> SparseTiles:
             rows=64, maxima_keys=64, block=64, maxima_warps=4, maxima_stages=2, candidate_warps=4, candidate_stages=2
         )
     if head_dim <= 64:
-        return SparseTiles(maxima_registers=128, candidate_registers=128)
+        return SparseTiles(maxima_registers=128, candidate_registers=128, grad_registers=80)
     if head_dim <= 128:
         return SparseTiles(
             maxima_stages=2, candidate_stages=2, maxima_registers=128, candidate_registers=128, list_rows=2,
@@ -247,6 +248,11 @@ def sparse_forward(
     return SparseLists(listed, offsets, counts, column_counts, overflow)
 
 
+def first_places(column_counts: torch.Tensor) -> torch.Tensor:
+    """(batch * kv_heads, kv_len) int32: where each key's records begin, in the backward pass."""
+    return torch.cumsum(column_counts, -1, dtype=torch.int32).sub_(column_counts)
+
+
 def sparse_backward(
     problem: Problem,
     tau: torch.Tensor,
@@ -256,6 +262,7 @@ def sparse_backward(
     query_grad: torch.Tensor,
     key_grad: torch.Tensor,
     value_grad: torch.Tensor,
+    cursors: torch.Tensor,
     *,
     deterministic: bool,
     tiles: SparseTiles | None = None,
@@ -267,6 +274,7 @@ def sparse_backward(
         grad: (batch, heads, q_len, value_dim), unit stride in the last dimension.
         query_grad: (batch, heads, q_len, head_dim), written outside of the overflowed row blocks.
         key_grad, value_grad: as key and value, written.
+        cursors: of `first_places`, changed.
         deterministic: two runs agree bit by bit (through sums in 64-bit integers, slower and with more workspace).
     """
     query = problem.query
@@ -277,9 +285,8 @@ def sparse_backward(
     kv_groups, kv_len = problem.key.shape[0] * problem.key.shape[1], problem.key.shape[2]
     members = problem.groups // kv_groups
     by_columns = packed and not deterministic
-    keys = values = units = cursors = records = None
+    keys = values = units = records = None
     if by_columns:
-        cursors = torch.cumsum(lists.column_counts, 1, dtype=torch.int32).sub_(lists.column_counts)
         records = torch.empty((kv_groups, members * capacity), dtype=torch.int64, device=grad.device)
     else:
         dtype = torch.int64 if deterministic else torch.float32

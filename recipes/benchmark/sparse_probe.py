@@ -27,7 +27,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from hf_asentmax.kernels.dense_launch import largest_key_norms
 from hf_asentmax.kernels.problem import Problem
 from hf_asentmax.kernels.row_ranges import RowRanges
-from hf_asentmax.kernels.sparse_attention import SparseTiles, sparse_backward, sparse_forward, sparse_tiles
+from hf_asentmax.kernels.sparse_attention import (
+    SparseTiles,
+    first_places,
+    sparse_backward,
+    sparse_forward,
+    sparse_tiles,
+)
 from hf_asentmax.mappings import entmax
 
 HEADS = 16
@@ -123,8 +129,7 @@ class Case:
     def backward(self, deterministic: bool = False) -> None:
         sparse_backward(
             self.problem, self.tau, self.mean_value, self.lists, self.grad, self.query_grad, self.key_grad,
-            self.value_grad,
-            deterministic=deterministic, tiles=self.tiles,
+            self.value_grad, first_places(self.lists.column_counts), deterministic=deterministic, tiles=self.tiles,
         )  # fmt: skip
 
     def both(self) -> None:
