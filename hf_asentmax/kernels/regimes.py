@@ -41,7 +41,7 @@ _BACKWARD_BYTES = 128 << 20
 class State(NamedTuple):
     """What a call leaves for its backward pass: dense_launch.DenseState and sparse_attention.SparseLists.
 
-    The lists are empty where the dense regime does all rows.
+    The lists are empty where the dense regime does all rows, and where no backward pass will follow.
     """
 
     tau: torch.Tensor
@@ -67,8 +67,8 @@ def _no_lists(query: torch.Tensor) -> SparseLists:
 def new_state(problem: Problem) -> State:
     """A state of the right shapes, as a forward pass without values (for tracing)."""
     query = problem.query
-    dense = new_dense_state(problem)
-    if not _uses_lists(problem):
+    dense = new_dense_state(problem, for_backward=problem.for_backward)
+    if not problem.for_backward or not _uses_lists(problem):
         return State(*dense, *_no_lists(query))
     q_len = query.shape[2]
     capacity = list_capacity(problem, sparse_tiles(query.dtype, query.shape[3]))
@@ -83,14 +83,15 @@ def new_state(problem: Problem) -> State:
 
 def forward(problem: Problem, output: torch.Tensor) -> State:
     """Writes output (batch, heads, q_len, value_dim); returns what the backward pass needs."""
-    dense = new_dense_state(problem)
+    dense = new_dense_state(problem, for_backward=problem.for_backward)
     if not _uses_lists(problem):
         dense_forward(problem, output, dense)
         return State(*dense, *_no_lists(problem.query))
     largest_key = largest_key_norms(problem)
-    lists = sparse_forward(problem, output, dense.tau, dense.mean_value, largest_key)
+    mean_value = dense.mean_value if problem.for_backward else None
+    lists = sparse_forward(problem, output, dense.tau, mean_value, largest_key)
     dense_forward(problem, output, dense, active=lists.overflow, largest_key=largest_key)
-    return State(*dense, *lists)
+    return State(*dense, *(lists if problem.for_backward else _no_lists(problem.query)))
 
 
 def _parts(problem: Problem, capacity: int) -> Iterator[tuple[slice, slice, slice]]:

@@ -158,7 +158,7 @@ def sparse_forward(
     problem: Problem,
     output: torch.Tensor,
     tau: torch.Tensor,
-    mean_value: torch.Tensor,
+    mean_value: torch.Tensor | None,
     largest_key: torch.Tensor,
     tiles: SparseTiles | None = None,
 ) -> SparseLists:
@@ -169,7 +169,8 @@ def sparse_forward(
         output: (batch, heads, q_len, value_dim), written.
         tau: (batch, heads, q_len) float32, contiguous, written: the threshold of (alpha-1) z; +inf for rows without
             keys.
-        mean_value: (batch, heads, q_len, value_dim), written: sum_j s_j v_j / sum_j s_j, s = p^(2-alpha).
+        mean_value: (batch, heads, q_len, value_dim), written: sum_j s_j v_j / sum_j s_j, s = p^(2-alpha); None if no
+            backward pass will follow: the lists then hold no r.
         largest_key: (batch * kv_heads,) float32, the largest Euclidean norm of a key.
         tiles: for measurements; default: what `sparse_tiles` says.
 
@@ -186,7 +187,7 @@ def sparse_forward(
     offsets = torch.empty((groups, q_len), dtype=torch.int32, device=device)
     counts = torch.empty_like(offsets)
     used = torch.zeros(groups, dtype=torch.int32, device=device)
-    packed = keeps_weights(problem)
+    packed = mean_value is not None and keeps_weights(problem)
     columns = (problem.key.shape[0] * problem.key.shape[1], kv_len) if packed else (0,)
     column_counts = torch.zeros(columns, dtype=torch.int32, device=device)
     overflow = torch.zeros((groups, triton.cdiv(q_len, ROW_BLOCK)), dtype=torch.uint8, device=device)
@@ -205,7 +206,8 @@ def sparse_forward(
     entries = torch.empty((at_once, tiles.rows, tiles.words), dtype=torch.int32, device=device)
     entry_counts = torch.empty((at_once, tiles.rows), dtype=torch.int32, device=device)
 
-    q, k, v, out, mean = (rows_of(tensor) for tensor in (query, problem.key, problem.value, output, mean_value))
+    q, k, v, out = (rows_of(tensor) for tensor in (query, problem.key, problem.value, output))
+    mean = None if mean_value is None else rows_of(mean_value)
     masks, scoring, lengths, constants = problem.masks, problem.scoring, problem.lengths, problem.constants
     dims = {name: constants[name] for name in ("D", "HEAD_DIM")}
     value_dims = {name: constants[name] for name in ("DV", "VALUE_DIM")}

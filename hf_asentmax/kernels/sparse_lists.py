@@ -237,7 +237,7 @@ def list_forward_kernel(
     tau = +inf; overflowed row blocks are left alone.
 
     Args:
-        query, key, value, output, mean_value: Rows.
+        query, key, value, output: Rows; mean_value: Rows or None.
         tau_out: (batch * heads, q_len) float32.
         bounds: (tiles, BM) float32, where Newton's method starts.
         listed, offsets, counts, overflow: the lists, see `expand_kernel`.
@@ -291,5 +291,6 @@ def list_forward_kernel(
             start, scoring, LIST_ROOM, CHUNK, PACK, D, HEAD_DIM, DV, VALUE_DIM,
         )  # fmt: skip
     _store_list_rows(output, batch, head, rows, exists, out, DV, VALUE_DIM)
-    _store_list_rows(mean_value, batch, head, rows, exists, mean, DV, VALUE_DIM)
+    if mean_value is not None:
+        _store_list_rows(mean_value, batch, head, rows, exists, mean, DV, VALUE_DIM)
     tl.store(tau_out + row_number, tau, mask=exists)
