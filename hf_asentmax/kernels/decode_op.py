@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from .op import _new_output, _problem
+from .op import _new_rows, _problem
 from .row_ranges import RowRanges
 
 __all__ = ["DECODE_FROM", "MOST_DECODE_ROWS", "decode_attention", "decodes"]
@@ -21,7 +23,15 @@ def decodes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seql
     return q_len <= MOST_DECODE_ROWS and kv_len > DECODE_FROM and cu_seqlens is None and not needs_grad
 
 
-@torch.library.custom_op("hf_asentmax::entmax_decode", mutates_args=())
+_library = torch.library.Library("hf_asentmax", "FRAGMENT")
+_library.define(
+    "entmax_decode(Tensor query, Tensor key, Tensor value, Tensor? slopes, Tensor? key_valid, Tensor? dense_mask, "
+    "Tensor? key_norm_bound, float alpha, float scale, bool is_causal, SymInt? sliding_window, float? softcap) "
+    "-> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
 def _decode(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -30,24 +40,24 @@ def _decode(
     key_valid: torch.Tensor | None,
     dense_mask: torch.Tensor | None,
     key_norm_bound: torch.Tensor | None,
-    alpha: float,
-    scale: float,
-    is_causal: bool,
-    sliding_window: int | None,
-    softcap: float | None,
+    *options: Any,
 ) -> torch.Tensor:
+    """(batch, q_len, heads, value_dim)"""
     from .decode_launch import decode
 
     ranges = RowRanges(None, None, key_valid, None, dense_mask)
-    problem = _problem(query, key, value, slopes, ranges, alpha, scale, is_causal, sliding_window, softcap)
-    output = _new_output(query, value)
-    decode(problem, output, key_norm_bound)
-    return output
+    problem = _problem(query, key, value, slopes, ranges, *options)
+    rows = _new_rows(query, value)
+    decode(problem, rows.transpose(1, 2), key_norm_bound)
+    return rows
 
 
-@_decode.register_fake
-def _(query, key, value, *rest):
-    return _new_output(query, value)
+def _decode_of_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return _new_rows(query, value)
+
+
+_library.impl("entmax_decode", _decode, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_asentmax::entmax_decode", _decode_of_shapes, lib=_library)
 
 
 def decode_attention(
@@ -77,4 +87,5 @@ def decode_attention(
         slopes = alibi_slopes.to(torch.float32).contiguous()
         bound = None if key_norm_bound is None else key_norm_bound.to(torch.float32).contiguous()
     options = (alpha, scale, is_causal, sliding_window, softcap)
-    return _decode(query, key, value, slopes, key_valid, dense_mask, bound, *options)
+    operator = torch.ops.hf_asentmax.entmax_decode.default
+    return operator(query, key, value, slopes, key_valid, dense_mask, bound, *options).transpose(1, 2)

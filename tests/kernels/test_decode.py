@@ -245,7 +245,9 @@ def test_calls_with_gradients_and_others_take_the_other_way(device: str) -> None
 def test_the_operator_passes_opcheck(device: str) -> None:
     query, key, value, _ = tensors(Case("op", q_len=2, kv_len=300, heads=1, head_dim=16), device)
     settings = (1.5, 0.25, True, None, None)
-    torch.library.opcheck(decode_op._decode, (query, key, value, None, None, None, None, *settings))
+    torch.library.opcheck(
+        torch.ops.hf_asentmax.entmax_decode.default, (query, key, value, None, None, None, None, *settings)
+    )
 
 
 @torch.no_grad()
