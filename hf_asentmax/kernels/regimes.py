@@ -1,15 +1,11 @@
 """Lists or dense tiles: both regimes in one call, the choice made on the device for each block of rows.
 
-Lists are off unless the environment says HF_ASENTMAX_LISTS=1: on a GPU they have run alone
-(recipes/benchmark/sparse_probe.json), but their tests inside this operator have not passed there yet.
-
 Long calls go through the sparse regime first. Row blocks with a support too large for its lists are flagged there, and
 the dense regime does exactly these; it does all of them where lists do not pay or cannot be used.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -55,8 +51,6 @@ class State(NamedTuple):
 
 
 def _uses_lists(problem: Problem) -> bool:
-    if os.environ.get("HF_ASENTMAX_LISTS") != "1":
-        return False
     return problem.key.shape[2] >= SPARSE_FROM and sparse_unsupported_reason(problem) is None
 
 
@@ -117,7 +111,7 @@ def backward(problem: Problem, state: State, grad: torch.Tensor) -> tuple[torch.
     torch.use_deterministic_algorithms asks for the slower way.
     """
     query_grad, key_grad, value_grad = (torch.empty_like(t) for t in (problem.query, problem.key, problem.value))
-    if state.overflow.numel() == 0:  # the forward pass kept no lists, whatever the switch says now
+    if state.overflow.numel() == 0:  # the forward pass kept no lists
         dense_backward(problem, DenseState(*state[:3]), grad, query_grad, key_grad, value_grad)
         return query_grad, key_grad, value_grad
     deterministic = torch.are_deterministic_algorithms_enabled()

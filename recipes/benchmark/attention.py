@@ -1,11 +1,11 @@
 """Attention alone: the kernels against softmax attention and against another entmax kernel, on one GPU.
 
     python recipes/benchmark/attention.py              # needs a CUDA GPU; writes attention.json beside this file
-    HF_ASENTMAX_LISTS=1 python recipes/benchmark/attention.py      # with the lists for long sequences, off by default
     python recipes/benchmark/attention.py --lengths 8192 --kinds random --seconds 60
     python recipes/benchmark/attention_report.py       # the plot and the table, from the JSON
 
-bfloat16, causal, batch x heads x length about constant (16 x 32,768). Medians of CUDA events, peers in the same run.
+bfloat16, causal, batch x heads x length about constant (16 x 32,768). Medians of CUDA events, peers in the same run:
+of calls from Python, launched without waiting in between, and of replays of a CUDA graph, where the host has no part.
 Kinds of input: random (iid normal), sharp (queries x 8), topical (runs of 256 keys share a direction, a query picks
 one), nape (random; half of the heads ALiBi with slopes 1/h), near-uniform (queries x 0.05, as at initialisation), and
 captured (tensors saved by `torch.save((query, key, value), path)`, given with --captured).
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-import os
 import statistics
 import sys
 import time
@@ -130,6 +129,23 @@ def median_ms(run: Callable[[], Any], budget_ms: float = 150.0) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in itertools.pairwise(marks))
 
 
+def graph_ms(run: Callable[[], Any]) -> float | None:
+    """Median time of a replay of the call in a CUDA graph; None where it cannot be captured."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            run()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+    except RuntimeError as error:
+        print(f"no CUDA graph: {str(error)[:100]}")
+        return None
+    return median_ms(graph.replay)
+
+
 @torch.no_grad()
 def sampled_rows(inputs: list[torch.Tensor], rows: int = 64) -> dict[str, Any]:
     """Without ALiBi: support, tile density (64 x 64) and the float64 output of evenly spaced rows of the first head."""
@@ -177,6 +193,7 @@ def measure(name: str, attend: Attention, inputs: list[torch.Tensor], truth: dic
         "method": name,
         "forward_ms": round(forward, 4),
         "forward_backward_ms": round(median_ms(both), 4),
+        "graph_ms": None if (replay := graph_ms(both)) is None else round(replay, 4),
         "peak_mib": round(memory / 2**20, 1),
     }
     if truth is not None and (name == "ours" or name.startswith("adasplash")):
@@ -240,8 +257,7 @@ def main() -> None:
             print(" ".join(f"{key}={value}" for key, value in results[-1].items()), flush=True)
         del inputs, truth
         torch.cuda.empty_cache()
-        header = {**results_header(torch.device("cuda"), [0]), "lists": os.environ.get("HF_ASENTMAX_LISTS") == "1"}
-        write_json(arguments.output, {**header, "results": results})
+        write_json(arguments.output, {**results_header(torch.device("cuda"), [0]), "results": results})
 
 
 if __name__ == "__main__":

@@ -29,8 +29,15 @@ def by_case(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, di
     return dict(grouped)
 
 
+def times(row: dict[str, Any]) -> str:
+    """forward / forward and backward (in a graph)"""
+    graph = row.get("graph_ms")
+    in_graph = f" ({graph:.2f})" if graph else ""
+    return f"{row['forward_ms']:.2f} / {row['forward_backward_ms']:.2f}{in_graph}"
+
+
 def table(content: dict[str, Any]) -> str:
-    """Markdown: a line per case, forward / forward and backward in ms, and the peer's time over ours."""
+    """Markdown: a line per case with the times of ours and of each peer, and the peer's over ours."""
     cases = by_case(content["results"])
     peers = [peer for peer in PEERS if any(peer in rows for rows in cases.values())]
     columns = ["input", "N", "D", "B x H", "support", "error", "ours", *peers, "memory, ours / cuDNN"]
@@ -41,22 +48,25 @@ def table(content: dict[str, Any]) -> str:
             continue
         cells = [kind, f"{length:,}", str(head_dim), f"{batch} x {heads}", str(ours.get("support", "-"))]
         cells.append(f"{ours['error']:.1e}" if "error" in ours else "-")
-        cells.append(f"{ours['forward_ms']:.2f} / {ours['forward_backward_ms']:.2f}")
+        cells.append(times(ours))
         for peer in peers:
             row = rows.get(peer)
             if row is None:
                 cells.append("-")
                 continue
-            ratio = row["forward_backward_ms"] / ours["forward_backward_ms"]
-            cells.append(f"{row['forward_ms']:.2f} / {row['forward_backward_ms']:.2f} ({ratio:.2f}x)")
+            ratios = f"{row['forward_backward_ms'] / ours['forward_backward_ms']:.2f}x"
+            if row.get("graph_ms") and ours.get("graph_ms"):
+                ratios += f", {row['graph_ms'] / ours['graph_ms']:.2f}x"
+            cells.append(f"{times(row)}: {ratios}")
         softmax = rows.get("sdpa cuDNN")
         cells.append("-" if softmax is None else f"{ours['peak_mib'] / softmax['peak_mib']:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     device, versions = content["device"]["name"], content["versions"]["torch"]
     lines += [
         "",
-        f"Milliseconds, forward / forward and backward, medians; in brackets the peer's time over ours. bfloat16, "
-        f"causal, {device}, torch {versions}, commit {str(content['commit'])[:10]}, `{content['command']}`.",
+        f"Milliseconds, medians: forward / forward and backward, called from Python (both passes in a CUDA graph): the "
+        f"peer's time over ours, called and in a graph. bfloat16, causal, {device}, torch {versions}, "
+        f"commit {str(content['commit'])[:10]}, `{content['command']}`.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -5,10 +5,7 @@ Triton is told of a target instead of a device, and launches only compile: the r
 
 from __future__ import annotations
 
-import os
 from typing import Any
-
-os.environ["HF_ASENTMAX_LISTS"] = "1"
 
 import torch
 from triton.backends.compiler import GPUTarget

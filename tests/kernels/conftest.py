@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-
-os.environ["HF_ASENTMAX_LISTS"] = "1"  # both regimes are tested; lists are off by default
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
