@@ -10,8 +10,8 @@ tau, so a Newton step from either side lands at or below the root. A program
 3. passes over the keys until tau is near: a step a pass, for alpha = 1.5 by the root of
    sum r^2 - 2 d sum r + d^2 #support = 1, whose error is cubic, for other alpha Newton's;
 4. passes once more for sum p v and sum s v, and takes the last, tiny step in closed form:
-   o(tau + d) = sum p v - d/(alpha-1) sum s v + O(d^2), with s = p^(2-alpha). Where no backward pass follows, the step
-   is tinier, and the output sum p v / sum p.
+   o(tau + d) = sum p v - d/(alpha-1) sum s v + O(d^2), with s = p^(2-alpha). Where no backward pass follows, the output
+   is sum p v / sum p instead.
 
 The mean value sum s v / sum s is what the backward pass needs: dz = s (dp - do . mean_value).
 """

@@ -9,6 +9,7 @@ import torch
 from .problem import Problem, padded
 
 __all__ = [
+    "UNSAMPLED_KEYS",
     "Tiles",
     "forward_tiles",
     "key_gradient_tiles",
@@ -22,13 +23,21 @@ __all__ = [
 ]
 
 
+# Keys up to which the dense forward pass takes class maxima without trying a sample first.
+UNSAMPLED_KEYS = 1024
+
+
 class Tiles(NamedTuple):
-    """Rows and keys a step, warps a program, and loads in flight."""
+    """Rows and keys a step, warps a program, loads in flight, and registers a thread at most.
+
+    168 registers let three programs of four warps share a multiprocessor, where 255 let two.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def regime(problem: Problem) -> str:
@@ -72,6 +81,8 @@ def single_backward_warps(problem: Problem) -> int:
 def forward_tiles(problem: Problem) -> Tiles:
     if problem.query.dtype == torch.float32:
         return Tiles(64, 32, 4, 1) if problem.width <= 64 else Tiles(32, 32, 4, 1)
+    if problem.width <= 64 and problem.key.shape[2] <= UNSAMPLED_KEYS:  # few steps a loop: waits weigh more than spills
+        return Tiles(64, 64, 4, 2, 168)
     if problem.width <= 64:
         return Tiles(64, 64, 4, 3)
     if problem.width <= 128:
