@@ -8,7 +8,7 @@ bfloat16, causal, batch x heads x length about constant (16 x 32,768). Medians o
 of calls from Python, launched without waiting in between, and of replays of a CUDA graph, where the host has no part.
 Kinds of input: random (iid normal), sharp (queries x 8), topical (runs of 256 keys share a direction, a query picks
 one), nape (random; half of the heads ALiBi with slopes 1/h), near-uniform (queries x 0.05, as at initialisation), and
-captured (tensors saved by `torch.save((query, key, value), path)`, given with --captured).
+captured (of a trained model, by capture.py, given with --captured).
 """
 
 from __future__ import annotations
@@ -74,11 +74,10 @@ def _sdpa(backend: SDPBackend) -> Attention:
     return attend
 
 
-def _flex_alibi(length: int) -> Attention:
+def _flex_alibi(length: int, slopes: torch.Tensor) -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cuda")
-    slopes = nape_slopes()
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -87,21 +86,21 @@ def _flex_alibi(length: int) -> Attention:
     return attend
 
 
-def methods(kind: str, length: int, wanted: list[str]) -> Iterator[tuple[str, Attention]]:
-    """The methods that can run a kind, and are installed."""
-    slopes = nape_slopes() if kind == "nape" else None
+def methods(length: int, slopes: torch.Tensor | None, wanted: list[str]) -> Iterator[tuple[str, Attention]]:
+    """The methods that are installed and can do a call; SDPA does it without the slopes, as the least it could take."""
     all_methods: dict[str, Callable[[], Attention]] = {
         "ours": lambda: lambda q, k, v: entmax_attention(q, k, v, alibi_slopes=slopes, backend="triton"),
         "sdpa flash-2": lambda: _sdpa(SDPBackend.FLASH_ATTENTION),
         "sdpa cuDNN": lambda: _sdpa(SDPBackend.CUDNN_ATTENTION),
-        "flex alibi": lambda: _flex_alibi(length),
     }
+    if slopes is not None:
+        all_methods["flex alibi"] = lambda: _flex_alibi(length, slopes)
     try:
         import adasplash
     except ImportError:
         pass
     else:
-        if kind != "nape":
+        if slopes is None:
             all_methods["adasplash v2"] = lambda: lambda q, k, v: adasplash.adasplash_v2(q, k, v)
             all_methods["adasplash v1"] = lambda: (
                 lambda q, k, v: adasplash.adasplash_v1(q, k, v, alpha=1.5, is_causal=True)
@@ -147,32 +146,28 @@ def graph_ms(run: Callable[[], Any]) -> float | None:
 
 
 @torch.no_grad()
-def sampled_rows(inputs: list[torch.Tensor], rows: int = 64) -> dict[str, Any]:
-    """Without ALiBi: support, tile density (64 x 64) and the float64 output of evenly spaced rows of the first head."""
-    query, key, value = (tensor[:1, :1].double() for tensor in inputs[:3])
+def sampled_rows(inputs: list[torch.Tensor], slopes: torch.Tensor | None, rows: int = 48) -> dict[str, Any]:
+    """Of evenly spaced rows of the first and the last head: the float64 output, and the mean number of weights."""
+    heads = [0, inputs[0].shape[1] - 1]
+    query, key, value = (tensor[:1, heads].double() for tensor in inputs[:3])
+    slopes = None if slopes is None else slopes[heads].double()
     length = query.shape[2]
     chosen = torch.linspace(0, length - 1, rows, device="cuda").long()
-    mask = (torch.arange(length, device="cuda")[None] <= chosen[:, None])[None, None]
-    output = entmax_attention(query[:, :, chosen], key, value, is_causal=False, attention_mask=mask, backend="eager")
-    support = 0.0
-    tiles = []
-    for start in range(0, length, max(64, length // 8 // 64 * 64)):
-        index = torch.arange(start, min(start + 64, length), device="cuda")
-        seen = (torch.arange(length, device="cuda")[None] <= index[:, None])[None, None]
-        scores = (query[:, :, index] @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])).masked_fill(~seen, -math.inf)
-        weights = entmax(scores, 1.5)[0, 0] > 0
-        support += weights.sum(-1).double().mean().item()
-        padded = F.pad(weights, (0, -length % 64)).view(len(index), -1, 64).any(-1).any(0)
-        tiles.append(padded.sum().item() / (start // 64 + 1))
-    return {
-        "rows": chosen,
-        "output": output,
-        "support": round(support / len(tiles), 1),
-        "density": round(sum(tiles) / len(tiles), 3),
-    }
+    outputs, support = [], 0.0
+    for row in chosen.tolist():
+        seen = slice(0, row + 1)
+        keys = key[:, :, seen]
+        outputs.append(
+            entmax_attention(query[:, :, row : row + 1], keys, value[:, :, seen], alibi_slopes=slopes, backend="eager")
+        )
+        scores = (query[:, :, row : row + 1] @ keys.transpose(-1, -2))[:, :, 0] / math.sqrt(query.shape[-1])
+        if slopes is not None:
+            scores -= slopes[:, None] * torch.arange(row, -1, -1, device="cuda")
+        support += (entmax(scores, 1.5) > 0).sum(-1).double().mean().item()
+    return {"rows": chosen, "heads": heads, "output": torch.cat(outputs, 2), "support": round(support / rows, 1)}
 
 
-def measure(name: str, attend: Attention, inputs: list[torch.Tensor], truth: dict[str, Any] | None) -> dict[str, Any]:
+def measure(name: str, attend: Attention, inputs: list[torch.Tensor], truth: dict[str, Any]) -> dict[str, Any]:
     """Times, memory and, for entmax, error of one method."""
     *tensors, grad = inputs
     with torch.no_grad():
@@ -196,26 +191,30 @@ def measure(name: str, attend: Attention, inputs: list[torch.Tensor], truth: dic
         "graph_ms": None if (replay := graph_ms(both)) is None else round(replay, 4),
         "peak_mib": round(memory / 2**20, 1),
     }
-    if truth is not None and (name == "ours" or name.startswith("adasplash")):
+    if name == "ours" or name.startswith("adasplash"):
         with torch.no_grad():
-            output = attend(*tensors)[:1, :1, truth["rows"]].double()
+            output = attend(*tensors)[:1, truth["heads"]][:, :, truth["rows"]].double()
         result["error"] = float(f"{((output - truth['output']).norm() / truth['output'].norm()).item():.2e}")
     return result
 
 
-def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, int, int, list[torch.Tensor]]]:
-    """(kind, length, head_dim, inputs)"""
+def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, list[torch.Tensor], torch.Tensor | None]]:
+    """(kind, inputs, slopes)"""
     for head_dim in arguments.head_dims:
         for length in arguments.lengths:
             for kind in arguments.kinds:
-                yield kind, length, head_dim, make_inputs(kind, max(1, TOKENS // length), length, head_dim)
+                slopes = nape_slopes() if kind == "nape" else None
+                yield kind, make_inputs(kind, max(1, TOKENS // length), length, head_dim), slopes
     if arguments.short:
         for length, head_dim in SHORT:
             batch = 16384 // HEADS
-            yield "random, many rows", length, head_dim, make_inputs("random", batch, length, head_dim)
+            yield "random, many rows", make_inputs("random", batch, length, head_dim), None
     for path in arguments.captured:
-        query, key, value = (tensor.cuda().bfloat16() for tensor in torch.load(path))
-        yield f"captured {path.name}", query.shape[2], query.shape[3], [query, key, value, torch.randn_like(query)]
+        tensors = torch.load(path)
+        query, key, value = (tensors[name].cuda().bfloat16() for name in ("query", "key", "value"))
+        slopes = tensors["alibi_slopes"]
+        inputs = [query, key, value, torch.randn_like(query)]
+        yield f"captured {path.stem}", inputs, None if slopes is None else slopes.cuda()
 
 
 def main() -> None:
@@ -236,17 +235,15 @@ def main() -> None:
 
     results: list[dict[str, Any]] = []
     started = time.perf_counter()
-    for kind, length, head_dim, inputs in cases(arguments):
+    for kind, inputs, slopes in cases(arguments):
         if time.perf_counter() - started > arguments.seconds:
             print("out of time")
             break
-        truth = None if kind == "nape" else sampled_rows(inputs)
-        case = {"kind": kind, "length": length, "head_dim": head_dim, "batch": inputs[0].shape[0], "heads": HEADS}
-        if truth is not None:
-            case |= {"support": truth["support"], "density": truth["density"]}
-        for name, attend in methods(kind, length, arguments.methods):
-            if name == "flex alibi" and kind != "nape":
-                continue
+        truth = sampled_rows(inputs, slopes)
+        batch, heads, length, head_dim = inputs[0].shape
+        case = {"kind": kind, "length": length, "head_dim": head_dim, "batch": batch, "heads": heads}
+        case["support"] = truth["support"]
+        for name, attend in methods(length, slopes, arguments.methods):
             if name == "adasplash v1" and length > 8192:
                 continue  # over a hundred times slower than the rest
             try:
