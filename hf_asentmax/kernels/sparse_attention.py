@@ -16,7 +16,7 @@ from .sparse_backward import column_gradient_kernel, fixed_to_float_kernel, list
 from .sparse_bounds import row_bounds_kernel
 from .sparse_lists import expand_kernel, list_forward_kernel
 from .sparse_pilot import SAMPLED_KEYS, SAMPLED_ROWS, pilot_kernel
-from .sparse_scores import block_maxima_kernel, candidates_kernel
+from .sparse_scores import LISTERS, block_maxima_kernel, candidates_kernel
 
 __all__ = [
     "ROW_BLOCK",
@@ -92,7 +92,7 @@ class SparseTiles(NamedTuple):
     steps: int = 3
     bound_unit: int = 32
     bound_warps: int = 4
-    words: int = 128
+    words: int = 256
     room: int = 128
     expand_rows: int = 8
     expand_warps: int = 1
@@ -204,7 +204,7 @@ def sparse_forward(
     active = torch.empty((at_once, blocks), dtype=torch.int32, device=device)
     active_counts = torch.empty((at_once, 2), dtype=torch.int32, device=device)
     entries = torch.empty((at_once, tiles.rows, tiles.words), dtype=torch.int32, device=device)
-    entry_counts = torch.empty((at_once, tiles.rows), dtype=torch.int32, device=device)
+    entry_counts = torch.empty((at_once, tiles.rows, LISTERS.value), dtype=torch.int32, device=device)
 
     q, k, v, out = (rows_of(tensor) for tensor in (query, problem.key, problem.value, output))
     mean = None if mean_value is None else rows_of(mean_value)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .device import entmax_norm, load_rows, support_powers
+from .sparse_scores import LARGEST_BOUND
 
 __all__ = ["row_bounds_kernel"]
 
@@ -73,7 +74,7 @@ def row_bounds_kernel(
 
     A row with more blocks above its bound than ROOM has more words than that; one with so many that more than LIST_ROOM
     keys must be expected in them is taken to have them: its row block overflows now, and none of the tile's key blocks
-    are listed. So do rows whose scores are no finite numbers.
+    are listed. So do rows whose scores are no finite numbers, or too large for `candidates_kernel` to compare.
 
     Args:
         query: Rows.
@@ -131,7 +132,8 @@ def row_bounds_kernel(
         # slope |i - j| of a candidate is at most |q||k| scale + |tau|; float32 rounds the difference
         error += (tl.abs(tau) + error * 65536.0) * 2.0**-20
     bound = tau - 2.0 * error - (1.0 + tl.abs(tau)) * 2.0**-18
-    strange = strange | (some & (bound != bound))
+    largest = LARGEST_BOUND * tl.minimum(scoring.scale, 1.0)
+    strange = strange | (some & ((bound != bound) | (tl.abs(bound) > largest)))
     bound = tl.where(some, bound, float("inf"))
     tl.store(bounds + slot * BM + index, bound)
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .device import entmax_norm, support_powers
+from .sparse_scores import LISTERS
 
 __all__ = ["expand_kernel", "gather_rows", "list_forward_kernel", "list_scores", "unpacked_entry"]
 
@@ -28,11 +29,20 @@ def _count_bits(word):
 
 
 @triton.jit
+def _in_lists(CHUNK: tl.constexpr):
+    """(lister, number) of each of CHUNK words, the first words of all lists."""
+    word = tl.arange(0, CHUNK)
+    each: tl.constexpr = CHUNK // LISTERS
+    return word // each, word % each
+
+
+@triton.jit
 def _load_words(entries, source, first, written, ROOM: tl.constexpr, CHUNK: tl.constexpr):
-    """(rows, CHUNK) entries from number `first` on, 0 beyond what was written."""
-    number = first + tl.arange(0, CHUNK)
-    inside = number[None, :] < written[:, None]
-    return tl.load(entries + source[:, None] * ROOM + number[None, :], mask=inside, other=0)
+    """(rows, CHUNK) entries, the same number of each list from number `first` on, 0 beyond what was `written`."""
+    lister, number = _in_lists(CHUNK)
+    number += first
+    place = source[:, None] * ROOM + (lister * (ROOM // LISTERS) + number)[None, :]
+    return tl.load(entries + place, mask=number[None, :] < written, other=0)
 
 
 @triton.jit(do_not_specialize=["first_tile"])
@@ -44,7 +54,8 @@ def expand_kernel(
     """R rows of a tile: their words (see sparse_scores) become key indices, one row's list after another's.
 
     Args:
-        entries, entry_counts: (tiles, BM, ROOM) and (tiles, BM) int32, from `candidates_kernel`.
+        entries, entry_counts: (tiles, BM, LISTERS, ROOM / LISTERS) and (tiles, BM, LISTERS) int32, from
+            `candidates_kernel`.
         listed: (batch * heads, capacity) int32, the keys of all rows.
         offsets, counts: (batch * heads, q_len) int32: where in `listed` a row's list begins, and how long it is; 0 keys
             for rows that do not fit.
@@ -60,12 +71,13 @@ def expand_kernel(
     rows = (row_tiles - 1 - tile % row_tiles) * BM + in_tile
     exists = rows < q_len
     source = slot.to(tl.int64) * BM + in_tile
-    written = tl.load(entry_counts + source, mask=exists, other=0)
-    fits = written <= ROOM
-    written = tl.where(fits, written, 0)
-    longest = tl.max(written, 0)
+    lister, _ = _in_lists(CHUNK)
+    written = tl.load(entry_counts + source[:, None] * LISTERS + lister[None, :], mask=exists[:, None], other=0)
+    fits = tl.max(written, 1) < ROOM // LISTERS - 1
+    written = tl.where(fits[:, None], written, 0)
+    longest = tl.max(tl.max(written, 1), 0)
     total = tl.zeros([R], tl.int32)
-    for first in range(0, longest, CHUNK):
+    for first in range(0, longest, CHUNK // LISTERS):
         total += tl.sum(_count_bits(_load_words(entries, source, first, written, ROOM, CHUNK) & 0xFFFF), 1)
     fits = fits & (total <= LIST_ROOM)
     total = tl.where(fits, total, 0)
@@ -80,18 +92,18 @@ def expand_kernel(
     row_blocks = tl.cdiv(q_len, ROW_BLOCK)
     tl.store(overflow + group * row_blocks + rows // ROW_BLOCK, tl.full([R], 1, tl.uint8), mask=exists & (fits == 0))
 
-    written = tl.where(fits, written, 0)
+    written = tl.where(fits[:, None], written, 0)
     target = listed + group * capacity + offset[:, None]
-    for first in range(0, tl.max(written, 0), CHUNK):
+    for first in range(0, tl.max(tl.max(written, 1), 0), CHUNK // LISTERS):
         entry = _load_words(entries, source, first, written, ROOM, CHUNK)
         word = entry & 0xFFFF
-        first_key = ((entry >> 18) & 0x3FFF) * 64 + ((entry >> 16) & 3) * 2
+        first_key = ((entry >> 16) & 0xFFFF) * 64 + lister[None, :] * 2
         ones = _count_bits(word)
         place = tl.cumsum(ones, 1) - ones
         for step in range(0, tl.max(tl.max(ones, 1), 0)):
             lowest = word & (-word)
             bit = _count_bits(lowest - 1)
-            key = first_key + (bit >> 1) * 8 + (bit & 1)
+            key = first_key + (bit & 7) * 8 + (bit >> 3)
             tl.store(target + place + step, key, mask=word != 0)
             word = word ^ lowest
         target += tl.sum(ones, 1)[:, None]

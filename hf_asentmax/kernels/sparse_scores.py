@@ -6,9 +6,10 @@ Both passes make the products q k and nothing else; the score of a pair is (alph
    all, so tau of the block maxima is a rigorous lower bound (``sparse_bounds``), and it leaves few keys beyond the
    support.
 2. ``candidates_kernel`` visits the key blocks that hold something above the bound and writes each row's candidates.
-   Sixteen keys make a word: a thread that holds the scores of a row in a tensor-core accumulator holds keys
-   8a + 2w + b (a < 8, b < 2) of 64 for one w < 4, so bit 2a + b of word w stands for that key, and no thread has to ask
-   another. An entry is the word's number, from the first key on, in the upper 16 bits and the word in the lower.
+   Four threads share a row of a tensor-core accumulator: of 64 keys, thread w holds 8a + 2w + b, a < 8, b < 2. It
+   makes them a word in which bit a + 8b stands for that key, and appends it to a list of its own if it is not zero, so
+   that no thread asks another. An entry is the number of the 64 keys in the upper 16 bits and the word in the lower.
+   Comparisons are made on pairs of float16: x > bound implies float16(x) >= float16(bound), as rounding keeps order.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ import triton.language as tl
 
 from .device import load_rows, visible_interval, visible_pairs
 
-__all__ = ["block_maxima_kernel", "candidates_kernel"]
+__all__ = ["LARGEST_BOUND", "LISTERS", "block_maxima_kernel", "candidates_kernel"]
 
 # Triton's interpreter knows no inline assembly; what stands for it there computes the same.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-_STEEP = tl.constexpr(2.0**60)
+# Threads that hold a row's keys, each with a list of words of its own.
+LISTERS = tl.constexpr(4)
+# Bounds of products beyond it in absolute value do not fit into float16.
+LARGEST_BOUND = tl.constexpr(60000.0)
 
 
 @triton.jit
@@ -44,21 +48,81 @@ def _scatter(pointers, values, mask):
 
 
 @triton.jit
-def _exact_bound(bound):
-    """At most `bound` by 2^-20, and so far from 0 that no other float32 is nearer to it than 2^-48."""
-    bound = tl.floor(bound * 2.0**20) * 2.0**-20
-    return tl.where(bound == 0.0, -(2.0**-20), bound)
+def _half_bound(bound):
+    """(factor, shift) int32, each a pair of equal float16, with saturate(factor x + shift) = 1 for every float16 x that
+    a number above `bound` rounds to, and 0 for all that are smaller.
+
+    With h = float16(bound), raised from near 0, and the float16 c next below h: factor = 1 / (h - c), a power of two,
+    and shift = -c factor, at most 2,048. For bound = +inf both are 0, which gives 0.
+    """
+    half = tl.where(tl.abs(bound) < 2.0**-5, -(2.0**-5), bound).to(tl.float16)
+    bits = half.to(tl.int16, bitcast=True)
+    below = (bits + tl.where(half > 0.0, -1, 1).to(tl.int16)).to(tl.float16, bitcast=True).to(tl.float32)
+    some = bound < float("inf")
+    factor = tl.where(some, 1.0 / (half.to(tl.float32) - below), 0.0)
+    shift = tl.where(some, -below * factor, 0.0)
+    return _pair(factor), _pair(shift)
 
 
 @triton.jit
-def _above(score, bound):
-    """1.0 where score > bound, else 0.0, for bounds from `_exact_bound`: one saturating multiply-add, not a comparison
-    and a selection, which have half the throughput."""
+def _pair(value):
+    bits = value.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return bits | (bits << 16)
+
+
+# In what follows, two numbers share an int32: float16 on a GPU, 16-bit integers in the interpreter. All are small.
+
+
+@triton.jit
+def _above(even, odd, factor, shift):
+    """The pair (even, odd) of 1 where above the bound and 0 elsewhere; factor and shift are of `_half_bound`."""
     if _INTERPRETED:
-        return tl.where(score > bound, 1.0, 0.0)
+        steep = (factor & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        least = (shift & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        low = (even.to(tl.float16).to(tl.float32) * steep + least > 0.0).to(tl.int32)
+        return low | ((odd.to(tl.float16).to(tl.float32) * steep + least > 0.0).to(tl.int32) << 16)
     return tl.inline_asm_elementwise(
-        "fma.rn.sat.f32 $0, $1, 0f5D800000, $2;",
-        "=f,f,f", [score, -bound * _STEEP], dtype=tl.float32, is_pure=True, pack=1,
+        "{ .reg .b32 x; cvt.rn.f16x2.f32 x, $2, $1; fma.rn.sat.f16x2 $0, x, $3, $4; }",
+        "=r,f,f,r,r", [even, odd, factor, shift], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _joined(pairs, SHIFT: tl.constexpr):
+    """low + 2^SHIFT high, for (low, high) along the last axis."""
+    low, high = tl.split(pairs)
+    if _INTERPRETED:
+        return low + (high << SHIFT)
+    return tl.inline_asm_elementwise(
+        "fma.rn.f16x2 $0, $1, $2, $3;",
+        "=r,r,r,r", [high, ((15 + SHIFT) << 10) * 0x10001, low], dtype=tl.int32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _append_word(lists, count, pairs, number, LAST: tl.constexpr):
+    """Appends the entries of words that are not zero, given as pairs of bytes, to the lists; the new counts.
+
+    A list of LAST entries is full: what follows overwrites the place after them.
+    """
+    if _INTERPRETED:
+        entry = (number << 16) | (pairs & 0xFF) | ((pairs >> 8) & 0xFF00)
+        tl.store(lists + count, entry, mask=pairs != 0)
+        return tl.minimum(count + (pairs != 0).to(tl.int32), LAST)
+    # 1024 in float16 has its last 8 bits free
+    return tl.inline_asm_elementwise(
+        """{
+            .reg .pred some; .reg .b32 word; .reg .b64 place;
+            setp.ne.b32 some, $3, 0;
+            add.rn.f16x2 word, $3, $5;
+            prmt.b32 word, word, $4, 0x5420;
+            mad.wide.u32 place, $2, 4, $1;
+            @some st.global.b32 [place], word;
+            mov.b32 $0, $2;
+            @some add.s32 $0, $2, 1;
+            min.s32 $0, $0, $6;
+        }""",
+        "=r,l,r,r,r,r,r", [lists, count, pairs, number, 0x64006400, LAST], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -209,25 +273,23 @@ def block_maxima_kernel(
 
 
 @triton.jit
-def _append(entries, count, above, block, index, ROOM: tl.constexpr, BM: tl.constexpr, BLOCK: tl.constexpr):
-    """Appends the non-zero words of a (BM, BLOCK) tile of 0.0 and 1.0 to the rows' entries; the new counts."""
-    words: tl.constexpr = BLOCK // 16
-    tile = tl.reshape(above, [BM, BLOCK // 64, 8, 4, 2])
-    bit = 2 * tl.arange(0, 8)[:, None] + tl.arange(0, 2)[None, :]
-    weight = (1 << bit).to(tl.float32)
-    tile = tile * tl.reshape(weight, [1, 1, 8, 1, 2])
-    # added to 2^23, an integer stands in the low bits of a float32: cheaper than a conversion
-    word = tl.reshape(tl.sum(tl.sum(tile, 4), 2), [BM, words]) + 8388608.0
-    word = word.to(tl.int32, bitcast=True) & 0xFFFF
-    number = tl.arange(0, words)
-    some = (word != 0).to(tl.int32)
-    # a nibble a word; the product sums the nibbles up to each: at most 8, so nothing carries over
-    flags = tl.sum(some << (4 * number)[None, :], 1)
-    sums = flags * 0x11111111
-    place = count[:, None] + ((sums[:, None] >> (4 * number)[None, :]) & 15) - some
-    entry = ((block * words + number)[None, :] << 16) | word
-    _scatter(entries + index[:, None] * ROOM + place, entry, (some != 0) & (place < ROOM))
-    return count + ((sums >> (4 * words - 4)) & 15)
+def _append(lists, count, score, factor, shift, block, BM: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr):
+    """Appends the words of a (BM, BLOCK) tile of scores to the (BM, LISTERS) lists; the new counts."""
+    groups: tl.constexpr = BLOCK // 64
+    even, odd = tl.split(tl.reshape(score, [BM, groups, 8, LISTERS, 2]))
+    pairs = _above(even, odd, factor[:, None, None, None], shift[:, None, None, None])
+    pairs = tl.reshape(pairs, [BM, groups, 2, 2, 2, LISTERS])
+    pairs = _joined(tl.permute(pairs, [0, 1, 2, 3, 5, 4]), 1)
+    pairs = _joined(tl.permute(pairs, [0, 1, 2, 4, 3]), 2)
+    pairs = _joined(tl.permute(pairs, [0, 1, 3, 2]), 4)
+    tl.static_assert(groups == 1 or groups == 2)
+    if groups == 1:
+        count = _append_word(lists, count, tl.reshape(pairs, [BM, LISTERS]), block, LAST)
+    else:
+        first, second = tl.split(tl.permute(pairs, [0, 2, 1]))
+        count = _append_word(lists, count, first, 2 * block, LAST)
+        count = _append_word(lists, count, second, 2 * block + 1, LAST)
+    return count
 
 
 @triton.jit(do_not_specialize=["first_tile", "blocks"])
@@ -243,42 +305,43 @@ def candidates_kernel(
         bounds: (tiles, BM) float32; +inf for rows without a key.
         active, active_counts: (tiles, blocks) and (tiles, 2) int32: the key blocks to visit, the masked ones first, and
             how many are masked and how many there are.
-        entries: (tiles, BM, ROOM) int32, see the module; what does not fit is counted but not written.
-        entry_counts: (tiles, BM) int32.
+        entries: (tiles, BM, LISTERS, ROOM / LISTERS) int32, see the module.
+        entry_counts: (tiles, BM, LISTERS) int32; ROOM / LISTERS - 1 where a list is full: it may lack some.
     """
     slot = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BM)
-    count = tl.zeros([BM], tl.int32)
+    count = tl.zeros([BM, LISTERS], tl.int32)
+    lister = index[:, None] * LISTERS + tl.arange(0, LISTERS)[None, :]
+    entry_counts += slot * BM * LISTERS
     masked = tl.load(active_counts + slot * 2)
     total = tl.load(active_counts + slot * 2 + 1)
     if total == 0:
-        tl.store(entry_counts + slot * BM + index, count)
+        tl.store(entry_counts + lister, count)
         return
+    last: tl.constexpr = ROOM // LISTERS - 1
     batch, head, kv_head, first_row = _tile_of(first_tile, heads, kv_heads, q_len, BM)
     rows = first_row + index
     bound = tl.load(bounds + slot * BM + index)
     q = load_rows(query, batch, head, first_row, BM, q_len, True, D, HEAD_DIM)
     active += slot * blocks
-    entries += slot * BM * ROOM
+    lists = entries + slot * BM * ROOM + lister * (ROOM // LISTERS)
     if masked > 0:
         start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
         slope = 0.0
         if scoring.slopes is not None:
             slope = tl.load(scoring.slopes + head) * scoring.slope_factor
-        score_bound = _exact_bound(bound)
+        factor, shift = _half_bound(bound)
         for step in range(0, masked):
             block = tl.load(active + step)
             score = _masked_scores(
                 q, key, masks, scoring, slope, batch, head, kv_head, rows, start, stop, block * BLOCK, q_len, kv_len,
                 BLOCK, D, HEAD_DIM, PRECISION,
             )  # fmt: skip
-            above = _above(score, score_bound[:, None])
-            count = _append(entries, count, above, block, index, ROOM, BM, BLOCK)
-    product_bound = _exact_bound(bound / scoring.scale)
+            count = _append(lists, count, score, factor, shift, block, BM, BLOCK, last)
+    factor, shift = _half_bound(bound / scoring.scale)
     for step in range(masked, total):
         block = tl.load(active + step)
         k = load_rows(key, batch, kv_head, block * BLOCK, BLOCK, kv_len, False, D, HEAD_DIM)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        above = _above(product, product_bound[:, None])
-        count = _append(entries, count, above, block, index, ROOM, BM, BLOCK)
-    tl.store(entry_counts + slot * BM + index, count)
+        count = _append(lists, count, product, factor, shift, block, BM, BLOCK, last)
+    tl.store(entry_counts + lister, count)

@@ -8,11 +8,14 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+import triton
+import triton.language as tl
 
 from hf_asentmax.kernels.problem import Problem, rows_of
 from hf_asentmax.kernels.row_ranges import row_ranges
 from hf_asentmax.kernels.sparse_attention import ROW_BLOCK, SparseLists, sparse_forward, sparse_tiles
 from hf_asentmax.kernels.sparse_pilot import SAMPLED_KEYS, SAMPLED_ROWS, pilot_kernel
+from hf_asentmax.kernels.sparse_scores import LISTERS, _append, _half_bound
 
 
 def problem_of(
@@ -110,3 +113,39 @@ def test_many_blocks_with_a_candidate_mean_a_long_list(device: str) -> None:
     assert flags(problem) == [[0]]
     lists = lists_of(problem)
     assert lists.overflow.tolist() == [[1]] and not lists.counts.any()
+
+
+@triton.jit
+def append_kernel(scores, bounds, lists, counts, BM: tl.constexpr, ROOM: tl.constexpr):
+    row = tl.arange(0, BM)
+    score = tl.load(scores + row[:, None] * 128 + tl.arange(0, 128)[None, :])
+    factor, shift = _half_bound(tl.load(bounds + row))
+    lister = row[:, None] * LISTERS + tl.arange(0, LISTERS)[None, :]
+    count = tl.zeros([BM, LISTERS], tl.int32)
+    count = _append(lists + lister * ROOM, count, score, factor, shift, 5, BM, 128, ROOM - 1)
+    tl.store(counts + lister, count)
+
+
+def test_words_hold_what_lies_above_the_bound(device: str) -> None:
+    """Every score above the bound, and beyond these only such as float16 cannot tell from it, or 1/32 near 0."""
+    bounds = [3.0, 33.3, 1.0, -1.0, -70.7, 1e-3, 0.0, -0.0, -1e-4, 1 / 32, -1 / 32, 2048.0, 59999.0, -59999.0, math.inf]
+    bound = torch.tensor([*bounds, 0.1], device=device)
+    generator = torch.Generator().manual_seed(1)
+    spread = torch.randn(16, 128, generator=generator).to(device) * torch.logspace(-5, 1, 128, device=device)
+    score = torch.where(bound.isfinite(), bound, 1.0)[:, None] * (1 + 0.01 * spread) + 0.01 * spread
+    score[:, :4] = bound[:, None]
+    score[:, 4:8] = torch.tensor([math.nan, -math.inf, 1e9, -1e9], device=device)
+    room = 16
+    lists = torch.zeros(16, 4, room, dtype=torch.int32, device=device)
+    counts = torch.zeros(16, 4, dtype=torch.int32, device=device)
+    append_kernel[(1,)](score, bound, lists, counts, BM=16, ROOM=room)
+    listed = torch.zeros(16, 128, dtype=torch.bool, device=device)
+    for row in range(16):
+        for lister in range(4):
+            for entry in lists[row, lister, : counts[row, lister]].tolist():
+                for bit in range(16):
+                    key = (entry >> 16) * 64 - 640 + (bit % 8) * 8 + 2 * lister + bit // 8
+                    listed[row, key] |= bool(entry >> bit & 1)
+    above = score > bound[:, None]
+    assert not (above & ~listed).any()
+    assert not (listed & ~(score > (bound - bound.abs() * 2**-9).where(bound.abs() > 1 / 32, -0.04)[:, None])).any()
