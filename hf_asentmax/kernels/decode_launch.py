@@ -53,10 +53,10 @@ def decode_tiles(problem: Problem) -> DecodeTiles:
     shared_rows = heads // kv_heads * q_len
     rows = 16 if shared_rows <= 16 else 32 if shared_rows <= 32 else 64
     exact = problem.query.dtype == torch.float32
-    keys = 128 if problem.width <= 128 else 64
-    if exact:  # products in float32 go through registers
-        keys = 64 if problem.width <= 64 else 32 if problem.width <= 128 else 16
-    stages = 1 if exact else 3 if problem.width <= 64 else 2
+    keys = 64
+    if exact and problem.width > 64:  # products in float32 go through registers
+        keys = 32 if problem.width <= 128 else 16
+    stages = 1 if exact else 3 if problem.width <= 64 or kv_len >= 65536 else 2
     groups = batch * kv_heads * -(-shared_rows // rows)
     tiles = 8 if q_len <= 4 else 4
     while tiles > 1 and groups * -(-kv_len // (keys * tiles)) < 6 * processors:
