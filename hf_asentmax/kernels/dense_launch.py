@@ -12,6 +12,7 @@ from .problem import Problem, on_device, padded, rows_of
 from .short import short_backward_kernel, short_forward_kernel
 from .tiles import (
     UNSAMPLED_KEYS,
+    class_count,
     forward_tiles,
     key_gradient_tiles,
     map_rows,
@@ -130,7 +131,6 @@ def dense_forward(
     tiles = forward_tiles(problem)
     alone = state.block_map.numel() == 0
     near_enough, accepted = _tolerances(problem)
-    columns = 128 if problem.key.shape[2] > UNSAMPLED_KEYS and problem.query.dtype != torch.float32 else 64
     if largest_key is None and problem.slopes is not None:
         largest_key = largest_key_norms(problem)
     with on_device(problem.query):
@@ -154,8 +154,8 @@ def dense_forward(
             KB=KEY_BLOCK,
             ACTIVE_ROWS=ACTIVE_ROWS,
             # ALiBi's reach needs a sample's maxima
-            SAMPLE=columns if problem.key.shape[2] > UNSAMPLED_KEYS or problem.slopes is not None else 0,
-            CLASSES=columns,
+            SAMPLE=class_count(problem) if problem.key.shape[2] > UNSAMPLED_KEYS or problem.slopes is not None else 0,
+            CLASSES=class_count(problem),
             **problem.constants,
             P_SCALE=problem.weight_scale,
             num_warps=tiles.warps,

@@ -11,6 +11,7 @@ from .problem import Problem, padded
 __all__ = [
     "UNSAMPLED_KEYS",
     "Tiles",
+    "class_count",
     "forward_tiles",
     "key_gradient_tiles",
     "map_rows",
@@ -80,7 +81,9 @@ def single_backward_warps(problem: Problem) -> int:
 
 def forward_tiles(problem: Problem) -> Tiles:
     if problem.query.dtype == torch.float32:
-        return Tiles(64, 32, 4, 1) if problem.width <= 64 else Tiles(32, 32, 4, 1)
+        if problem.width <= 64:
+            return Tiles(64, 32, 4, 1)
+        return Tiles(32, 32, 4, 1) if problem.width <= 128 else Tiles(64, 32, 8, 1)
     if problem.width <= 64 and problem.key.shape[2] <= UNSAMPLED_KEYS:  # few steps a loop: waits weigh more than spills
         return Tiles(64, 64, 4, 2, 168)
     if problem.width <= 64:
@@ -88,6 +91,13 @@ def forward_tiles(problem: Problem) -> Tiles:
     if problem.width <= 128:
         return Tiles(64, 64, 4, 2)
     return Tiles(64, 32, 8, 2)
+
+
+def class_count(problem: Problem) -> int:
+    """Residue classes of keys, and sampled keys, in the dense forward pass."""
+    if problem.query.dtype == torch.float32:
+        return 64 if problem.width <= 128 else 32
+    return 128 if problem.key.shape[2] > UNSAMPLED_KEYS else 64
 
 
 def query_gradient_tiles(problem: Problem) -> Tiles:
@@ -104,7 +114,7 @@ def query_gradient_tiles(problem: Problem) -> Tiles:
 
 def key_gradient_tiles(problem: Problem) -> Tiles:
     if problem.query.dtype == torch.float32:
-        tiles = Tiles(32, 32, 4, 1)
+        tiles = Tiles(32, 32, 4, 1) if problem.width <= 128 else Tiles(16, 32, 8, 1)
     elif problem.width <= 64:
         tiles = Tiles(64, 64, 4, 3)
     elif problem.width <= 128:
