@@ -2,9 +2,10 @@
 
     python recipes/benchmark/training_step.py            # needs a CUDA GPU; writes training_step.json beside this file
 
-The whole model, forward, backward and optimizer, compiled, bf16 autocast over fp32 weights. Scores are those of a
-model at its start (nearly equal: entmax's supports are at their largest) and, with --sharpen, of query projections
-multiplied by that factor (supports as small as in a trained model).
+The whole step, forward, backward and optimizer, bf16 autocast over fp32 weights; each layer is compiled (one graph
+serves all of them). Scores are those of a model at its start (nearly equal:
+entmax's supports are at their largest) and of query projections multiplied by --sharpen (supports as small as in a
+trained model). After --seconds, no further row is begun.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +35,10 @@ METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "ASEntmax, NAPE": ("asentmax", {"positions": "nape"}),
     "entmax, NAPE": ("entmax", {"positions": "nape"}),
 }
+WARM_UP = 2
 
 
-def build(
-    implementation: str, flags: dict[str, Any] | None, length: int, sharpen: float, small: bool
-) -> PreTrainedModel:
+def build(implementation: str, flags: dict[str, Any] | None, length: int, small: bool) -> PreTrainedModel:
     """GPT-2's size in Llama's form: 12 layers of 768, 12 heads of 64."""
     size: dict[str, Any] = {
         "hidden_size": 64,
@@ -55,38 +57,69 @@ def build(
     if flags is not None:
         config.asentmax = flags
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+
+
+def sharpen(model: PreTrainedModel, factor: float) -> None:
+    """Multiplies the query projections."""
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.mul_(sharpen)
-    return model
+            layer.self_attn.q_proj.weight.mul_(factor)
 
 
 def median_step_seconds(model: PreTrainedModel, length: int, device: str, steps: int) -> tuple[float, float]:
     """(median seconds of a step after warm-up, peak memory in GiB) at batch 1."""
-    model.to(device).train()  # type: ignore[arg-type]  # transformers wraps Module.to
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device == "cuda")
-    compiled = torch.compile(model) if device == "cuda" else model
     generator = torch.Generator().manual_seed(0)
     seconds = []
-    for step in range(steps + 3):
+    for step in range(steps + WARM_UP):
         ids = torch.randint(0, 32_000, (1, length), generator=generator).to(device)
         if device == "cuda":
             torch.cuda.synchronize()
-        if step == 3 and device == "cuda":
+        if step == WARM_UP and device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         with torch.autocast(device, dtype=torch.bfloat16):
-            loss = compiled(ids, labels=ids, use_cache=False).loss
+            loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if device == "cuda":
             torch.cuda.synchronize()
-        if step >= 3:
+        if step >= WARM_UP:
             seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
     return statistics.median(seconds), peak
+
+
+def measured(
+    lengths: list[int], factors: list[float], steps: int, device: str, small: bool
+) -> Iterator[dict[str, Any]]:
+    """A row for each length, method and factor, the least interesting method last."""
+    reference: dict[tuple[int, float], float] = {}
+    *first, last = METHODS
+    for length, method in [*product(lengths, first), *product(lengths, [last])]:
+        torch._dynamo.reset()
+        model = build(*METHODS[method], length, small)
+        model.to(device).train()  # type: ignore[arg-type]  # transformers wraps Module.to
+        if device == "cuda":
+            for layer in model.model.layers:
+                layer.compile(dynamic=False)
+        sharpened = 1.0
+        for factor in factors:
+            sharpen(model, factor / sharpened)
+            sharpened = factor
+            seconds, peak = median_step_seconds(model, length, device, steps)
+            yield {
+                "length": length,
+                "sharpen": factor,
+                "method": method,
+                "step_ms": round(1e3 * seconds, 2),
+                "tokens_per_second": round(length / seconds),
+                "times_faster_than_sdpa": round(reference.setdefault((length, factor), seconds) / seconds, 3),
+                "peak_gib": round(peak, 2),
+            }
+        del model
 
 
 def main() -> None:
@@ -94,9 +127,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768], help="tokens in the (one) sequence")
     parser.add_argument(
-        "--sharpen", type=float, nargs="+", default=[1.0, 16.0], help="factors on the query projections"
+        "--sharpen", type=float, nargs="+", default=[16.0, 1.0], help="factors on the query projections"
     )
-    parser.add_argument("--steps", type=int, default=8, help="measured steps, after 3 of warm-up")
+    parser.add_argument("--steps", type=int, default=5, help=f"measured steps, after {WARM_UP} of warm-up")
+    parser.add_argument("--seconds", type=float, default=600.0, help="begin no further row after so long")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script without a GPU")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     arguments = parser.parse_args()
@@ -104,30 +138,16 @@ def main() -> None:
     if device == "cpu" and not arguments.small:
         parser.error("no CUDA GPU here; add --small --lengths 64 to try the script (its times mean nothing)")
     torch.set_float32_matmul_precision("high")
+    header = results_header(torch.device(device), [0])
     rows = []
-    for length in arguments.lengths:
-        for sharpen in arguments.sharpen:
-            reference = None
-            for method, (implementation, flags) in METHODS.items():
-                torch._dynamo.reset()
-                model = build(implementation, flags, length, sharpen, arguments.small)
-                seconds, peak = median_step_seconds(model, length, device, arguments.steps)
-                reference = reference or seconds
-                row = {
-                    "length": length,
-                    "sharpen": sharpen,
-                    "method": method,
-                    "step_ms": round(1e3 * seconds, 2),
-                    "tokens_per_second": round(length / seconds),
-                    "times_faster_than_sdpa": round(reference / seconds, 3),
-                    "peak_gib": round(peak, 2),
-                }
-                rows.append(row)
-                print(row, flush=True)
-                arguments.out.write_text(
-                    json.dumps({**results_header(torch.device(device), [0]), "rows": rows}, indent=1) + "\n"
-                )
-                del model
+    begin = time.perf_counter()
+    for row in measured(arguments.lengths, arguments.sharpen, arguments.steps, device, arguments.small):
+        rows.append(row)
+        print(row, flush=True)
+        arguments.out.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+        if time.perf_counter() - begin > arguments.seconds:
+            print(f"stopped after {arguments.seconds:g} s")
+            break
 
 
 if __name__ == "__main__":
