@@ -46,7 +46,7 @@ def regime(problem: Problem) -> str:
     q_len, kv_len = problem.query.shape[2], problem.key.shape[2]
     width = problem.width
     exact = problem.query.dtype == torch.float32
-    if q_len <= 128 and kv_len <= 128 and width <= 64 and not (exact and max(q_len, kv_len) > 64):
+    if q_len <= 128 and kv_len <= 128 and width <= 64 and not (exact and (max(q_len, kv_len) > 64 or width > 32)):
         return "single"
     if kv_len <= 256 and width <= 64 and not exact:
         return "short"
