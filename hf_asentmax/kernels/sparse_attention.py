@@ -200,7 +200,7 @@ def sparse_forward(
     maxima = torch.empty((at_once, blocks, tiles.rows), dtype=maxima_type, device=device)
     tops = torch.empty((at_once, tiles.rows), dtype=torch.float32, device=device)
     bounds = torch.empty_like(tops)
-    spans = torch.empty((at_once, 4), dtype=torch.int32, device=device)
+    spans = torch.empty((at_once, 5), dtype=torch.int32, device=device)
     active = torch.empty((at_once, blocks), dtype=torch.int32, device=device)
     active_counts = torch.empty((at_once, 2), dtype=torch.int32, device=device)
     entries = torch.empty((at_once, tiles.rows, tiles.words), dtype=torch.int32, device=device)

@@ -31,8 +31,8 @@ def _widened(maxima, sign: tl.constexpr):
 
 
 @triton.jit
-def _list_active(active, maxima, bound, first, last, total, crowd, index, UNIT: tl.constexpr, BM: tl.constexpr):
-    """Lists the blocks of [first, last) with a row's maximum above its bound.
+def _list_active(active, maxima, bound, floor, first, last, total, crowd, index, UNIT: tl.constexpr, BM: tl.constexpr):
+    """Lists the blocks of [first, last) with a row's maximum above its bound; maxima below `floor` count as that.
 
     Returns:
         (total, crowd): how many blocks are listed so far; (UNIT, BM), whose sum counts the blocks above each row's
@@ -42,7 +42,7 @@ def _list_active(active, maxima, bound, first, last, total, crowd, index, UNIT: 
         block = chunk + tl.arange(0, UNIT)
         inside = (block < last)[:, None]
         largest = tl.load(maxima + block[:, None] * BM + index[None, :], mask=inside, other=float("-inf"))
-        above = (_widened(largest, 1.0) > bound[None, :]).to(tl.int32)
+        above = (inside & (tl.maximum(_widened(largest, 1.0), floor) > bound[None, :])).to(tl.int32)
         crowd += above
         ones = tl.max(above, 1)
         place = total + tl.cumsum(ones, 0) - ones
@@ -94,10 +94,12 @@ def row_bounds_kernel(
     kv_head = head // (heads // kv_heads)
     index = tl.arange(0, BM)
     unit = tl.arange(0, UNIT)
-    low = tl.load(spans + slot * 4)
-    full_low = tl.load(spans + slot * 4 + 1)
-    full_high = tl.load(spans + slot * 4 + 2)
-    high = tl.load(spans + slot * 4 + 3)
+    spans += slot * 5
+    low = tl.load(spans)
+    full_low = tl.load(spans + 1)
+    full_high = tl.load(spans + 2)
+    high = tl.load(spans + 3)
+    least = tl.where(tl.load(spans + 4) != 0, 0.0, float("-inf"))
     if high == 0:  # no row sees a key, or the row block is left to the dense regime
         tl.store(bounds + slot * BM + index, float("inf"))
         tl.store(active_counts + slot * 2 + tl.arange(0, 2), 0)
@@ -140,9 +142,12 @@ def row_bounds_kernel(
     active += slot * blocks
     crowd = tl.zeros([UNIT, BM], tl.int32)
     masked = 0
-    masked, crowd = _list_active(active, maxima, bound, low, full_low, masked, crowd, index, UNIT, BM)
-    masked, crowd = _list_active(active, maxima, bound, full_high, high, masked, crowd, index, UNIT, BM)
-    total_listed, crowd = _list_active(active, maxima, bound, full_low, full_high, masked, crowd, index, UNIT, BM)
+    none = float("-inf")
+    masked, crowd = _list_active(active, maxima, bound, none, low, full_low, masked, crowd, index, UNIT, BM)
+    masked, crowd = _list_active(active, maxima, bound, none, full_high, high, masked, crowd, index, UNIT, BM)
+    total_listed, crowd = _list_active(
+        active, maxima, bound, least, full_low, full_high, masked, crowd, index, UNIT, BM
+    )
     fullest = tl.max(tl.where(strange, ROOM + 1, tl.sum(crowd, 0)), 0)
     if fullest.to(tl.float32) > _most_blocks(high - low, ROOM, LIST_ROOM):
         row_blocks = tl.cdiv(q_len, ROW_BLOCK)

@@ -153,16 +153,20 @@ def _masked_scores(
 
 
 @triton.jit
-def _store_maxima(maxima, top, values, factor, block, index, BM: tl.constexpr, BN: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes factor x the maxima of the key blocks in a (BM, BN) tile, and returns the rows' running maxima."""
-    parts: tl.constexpr = BN // BLOCK
-    largest = tl.max(tl.reshape(values, [BM, parts, BLOCK]), 2) * factor
+def _store_maxima(maxima, largest, block, index, BM: tl.constexpr):
+    """Writes the (BM, parts) maxima of the key blocks in a tile."""
+    parts: tl.constexpr = largest.shape[1]
     part = block * parts + tl.arange(0, parts)
     stored = largest.to(maxima.dtype.element_ty)
     bits = tl.int16 if stored.dtype == tl.bfloat16 else tl.int32
     pointers = maxima.to(tl.pointer_type(bits)) + part[None, :] * BM + index[:, None]
     _scatter(pointers, stored.to(bits, bitcast=True), part[None, :] >= 0)
-    return tl.maximum(top, tl.max(largest, 1))
+
+
+@triton.jit
+def _larger(top, largest):
+    """The rows' running maxima; what is no number stays."""
+    return tl.maximum(top, tl.max(largest, 1), propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -201,13 +205,18 @@ def block_maxima_kernel(
 
     A tile of a row block that has overflowed already is left as one that sees no key, so that nothing after has work.
 
+    Blocks that all rows see are compared as integers, the bits of float32, of which the GPU compares three at once. The
+    order is theirs but among negative numbers, where it is reversed: a block of negative scores leaves its smallest.
+    That is a key's score too, so bounds stay bounds. Only where a row has nothing but negative scores they would be
+    loose; then the tile's blocks are gone through again in float32.
+
     Args:
         query, key: Rows.
         maxima: (tiles, blocks, BM) float32 or bfloat16 (rounded to nearest), written within the tile's span.
         tops: (tiles, BM) float32, the rows' maxima; -inf for rows that see no key, nan where all that a row's range
             holds are padding or scores that are no numbers.
-        spans: (tiles, 4) int32: key blocks [span0, span3) may hold weights; those of [span1, span2) are seen by every
-            row and carry no ALiBi.
+        spans: (tiles, 5) int32: key blocks [span0, span3) may hold weights; those of [span1, span2) are seen by every
+            row and carry no ALiBi. span4 is 1 where the maxima of these, if negative, may be smaller than they should.
         largest_key: (batch * kv_heads,) float32, the largest Euclidean norm of a key.
         overflow: (batch * heads, ceil(q_len / ROW_BLOCK)) uint8, 1 for row blocks to leave alone.
         first_tile: number of this launch's first tile, counted over batch, heads and row tiles.
@@ -218,7 +227,7 @@ def block_maxima_kernel(
     index = tl.arange(0, BM)
     row_block = (batch * heads + head) * tl.cdiv(q_len, ROW_BLOCK) + first_row // ROW_BLOCK
     if tl.load(overflow + row_block) != 0:
-        tl.store(spans + slot * 4 + tl.arange(0, 4), 0)
+        tl.store(spans + slot * 5 + 3, 0)
         tl.store(tops + slot * BM + index, float("-inf"))
         return
     rows = first_row + index
@@ -248,18 +257,33 @@ def block_maxima_kernel(
         full_high = tl.where(tl.load(masks.has_holes + batch) != 0, full_low, full_high)
     full_high = tl.where(slope > 0, full_low, full_high)
     parts: tl.constexpr = BN // BLOCK
-    tl.store(spans + slot * 4, low * parts)
-    tl.store(spans + slot * 4 + 1, full_low * parts)
-    tl.store(spans + slot * 4 + 2, full_high * parts)
-    tl.store(spans + slot * 4 + 3, high * parts)
+    spans += slot * 5
+    tl.store(spans, low * parts)
+    tl.store(spans + 1, full_low * parts)
+    tl.store(spans + 2, full_high * parts)
+    tl.store(spans + 3, high * parts)
 
     maxima += slot * blocks * BM
-    top = tl.full([BM], float("-inf"), tl.float32)
+    best = tl.full([BM], -(2**31), tl.int32)
     for step in range(0, full_high - full_low):
         block = full_low + step
         k = load_rows(key, batch, kv_head, block * BN, BN, kv_len, False, D, HEAD_DIM)
-        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        top = _store_maxima(maxima, top, product, scoring.scale, block, index, BM, BN, BLOCK)
+        product = tl.reshape(tl.dot(q, tl.trans(k), input_precision=PRECISION), [BM, parts, BLOCK])
+        largest = tl.max(product.to(tl.int32, bitcast=True), 2)
+        best = tl.maximum(best, tl.max(largest, 1))
+        _store_maxima(maxima, largest.to(tl.float32, bitcast=True) * scoring.scale, block, index, BM)
+    top = best.to(tl.float32, bitcast=True) * scoring.scale
+    some_negative = tl.min(tl.where(sees, best, 0), 0) < 0
+    tl.store(spans + 4, tl.where(some_negative, 0, 1))
+    if some_negative:
+        top = tl.full([BM], float("-inf"), tl.float32)
+        for step in range(0, full_high - full_low):
+            block = full_low + step
+            k = load_rows(key, batch, kv_head, block * BN, BN, kv_len, False, D, HEAD_DIM)
+            product = tl.reshape(tl.dot(q, tl.trans(k), input_precision=PRECISION), [BM, parts, BLOCK])
+            largest = tl.max(product, 2) * scoring.scale
+            top = _larger(top, largest)
+            _store_maxima(maxima, largest, block, index, BM)
     edges = (full_low - low) + (high - full_high)
     for edge in range(0, edges):
         block = tl.where(low + edge < full_low, low + edge, full_high + edge - (full_low - low))
@@ -267,9 +291,12 @@ def block_maxima_kernel(
             q, key, masks, scoring, slope, batch, head, kv_head, rows, start, stop, block * BN, q_len, kv_len,
             BN, D, HEAD_DIM, PRECISION,
         )  # fmt: skip
-        top = _store_maxima(maxima, top, score, 1.0, block, index, BM, BN, BLOCK)
+        largest = tl.max(tl.reshape(score, [BM, parts, BLOCK]), 2)
+        top = _larger(top, largest)
+        _store_maxima(maxima, largest, block, index, BM)
     # a maximum passes over scores that are no numbers: where nothing else was seen, say so
-    tl.store(tops + slot * BM + index, tl.where(sees & (top == float("-inf")), float("nan"), top))
+    top = tl.where(top == float("-inf"), float("nan"), top)
+    tl.store(tops + slot * BM + index, tl.where(sees, top, float("-inf")))
 
 
 @triton.jit

@@ -149,3 +149,27 @@ def test_words_hold_what_lies_above_the_bound(device: str) -> None:
     above = score > bound[:, None]
     assert not (above & ~listed).any()
     assert not (listed & ~(score > (bound - bound.abs() * 2**-9).where(bound.abs() > 1 / 32, -0.04)[:, None])).any()
+
+
+@pytest.mark.parametrize("blocks", ["one", "all"])
+def test_negative_scores(blocks: str, device: str) -> None:
+    """A block of negative scores only, and rows of negative scores only: lists hold the support and little more."""
+    query, key = draw(device, q_len=8, kv_len=400)
+    direction = torch.nn.functional.normalize(torch.ones(32, device=device), dim=0)
+    query = 4.0 * query + 20 * direction
+    key[:, :, 64:128] -= 8 * direction
+    if blocks == "all":
+        key -= 8 * direction
+    problem = problem_of(query, key)
+    lists = lists_of(problem)
+    score = (query @ key.transpose(-1, -2) * problem.scoring.scale)[0, 0]
+    assert (score[:, 64:128] < 0).all() and (blocks == "one" or (score < 0).all())
+    hidden = torch.ones(8, 400, dtype=torch.bool, device=device).triu(393)
+    score = score.masked_fill(hidden, -math.inf)
+    tau = score.amax(1, keepdim=True) - 1
+    for _ in range(30):
+        excess = (score - tau).clamp_min(0)
+        tau = tau + (excess.square().sum(1, keepdim=True) - 1) / (2 * excess.sum(1, keepdim=True))
+    support = (score > tau).sum(1)
+    assert not lists.overflow.any()
+    assert (lists.counts[0] >= support).all() and (lists.counts[0] <= 2 * support + 3).all()
