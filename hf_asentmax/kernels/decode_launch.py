@@ -1,32 +1,38 @@
-"""Launches of the two decoding kernels: which calls they take, tile sizes, workspace. Nothing waits for the device."""
+"""Launches of the decoding kernels: tile sizes, workspace. Nothing waits for the device.
+
+On Hopper and later GPUs each kernel is launched while the one before it still runs, and waits for it on the device.
+"""
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .decode_output import decode_output_kernel
+from .decode_output import decode_flat_kernel, decode_output_kernel
 from .decode_scores import Workspace, decode_scores_kernel
 from .problem import Problem, on_device, padded, rows_of
 
 __all__ = ["DecodeTiles", "decode", "decode_tiles"]
 
-_BOUND_STEPS = 4  # simulated: more list hardly fewer candidates
+_BOUND_STEPS = 3  # simulated: more list hardly fewer candidates
 _STEPS = 24
 _MOST_TILES_AT_ONCE = 4096
+# A row with more tiles than this above its bound is left to the third kernel, which caches of up to _SHORT_TILES tiles
+# do without.
+_MOST_TILES_LISTED = 128
+_SHORT_TILES = 512
 
 
 class DecodeTiles(NamedTuple):
-    """Sizes of the two kernels.
+    """Sizes of the kernels.
 
     Attributes:
         rows: query rows a program of the first kernel; keys: keys a tile; tiles: tiles a program, a power of two.
         warps, stages: of the first kernel.
-        parts: programs of the second kernel that share a query row.
-        room: candidates in a row's list.
-        values: values gathered at once; output_warps: warps of the second kernel.
+        parts: programs of the other kernels that share a query row.
+        values: values gathered at once; output_warps: warps of the second kernel. The third takes twice of both.
     """
 
     rows: int
@@ -35,7 +41,6 @@ class DecodeTiles(NamedTuple):
     warps: int
     stages: int
     parts: int
-    room: int
     values: int
     output_warps: int
 
@@ -62,17 +67,23 @@ def decode_tiles(problem: Problem) -> DecodeTiles:
     while tiles > 1 and groups * -(-kv_len // (keys * tiles)) < 6 * processors:
         tiles //= 2
     parts = min(8, max(1, 2 * processors // (batch * heads * q_len)))
-    room = min(max(8192, kv_len // 8), kv_len)
     values = 64 if problem.width <= 128 else 32
-    return DecodeTiles(rows, keys, tiles, 4, stages, parts, room, values, 4)
+    return DecodeTiles(rows, keys, tiles, 4, stages, parts, values, 4)
+
+
+@functools.cache
+def _overlaps(device: torch.device) -> bool:
+    """Whether a kernel can be launched before the one ahead of it has ended (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _workspace(problem: Problem, sizes: DecodeTiles) -> Workspace:
     """Memory for a call, see decode_scores.Workspace; in one piece, as each allocation costs the host a microsecond."""
     tiles = -(-problem.key.shape[2] // sizes.keys)
+    listed = tiles if tiles <= _SHORT_TILES else _MOST_TILES_LISTED
     ends = []
     end = 0
-    for size in (tiles * sizes.keys, tiles, tiles, sizes.room, sizes.room):
+    for size in (tiles * sizes.keys, tiles, tiles, tiles * sizes.keys, listed * sizes.keys):
         end += -(-size // 32) * 32
         ends.append(end)
     ends.append(end + sizes.parts * (padded(problem.value.shape[3]) + 32))
@@ -91,7 +102,7 @@ def decode(
     key_norm_bound: torch.Tensor | None = None,
     sizes: DecodeTiles | None = None,
 ) -> None:
-    """Writes output (batch, heads, q_len, value_dim), in two launches.
+    """Writes output (batch, heads, q_len, value_dim), in two launches, three for a long cache.
 
     Args:
         key_norm_bound: (batch or 1, kv_heads) float32, at least the norm of every key; with it, ALiBi heads read no
@@ -108,7 +119,17 @@ def decode(
     masks, constants = problem.masks, problem.constants
     dense = problem.ranges.dense_mask
     searched = masks.key_valid is not None if dense is None else dense.shape[1] == 1
-    at_once = min(_MOST_TILES_AT_ONCE, padded(tiles))
+    listed_at_once = max(1024, 512 * sizes.output_warps) // sizes.keys
+    overlaps = _overlaps(problem.query.device)
+    launch: dict[str, Any] = {"OVERLAPS": overlaps, **({"launch_pdl": True} if overlaps else {})}
+    sums: dict[str, Any] = {
+        "PARTS": sizes.parts,
+        "BN": sizes.keys,
+        "STEPS": _STEPS,
+        "DV": constants["DV"],
+        "VALUE_DIM": constants["VALUE_DIM"],
+        "num_stages": 1,
+    }
     with on_device(problem.query):
         decode_scores_kernel[(batch * kv_heads * row_tiles * splits,)](
             rows_of(problem.query),
@@ -132,27 +153,26 @@ def decode(
             PRECISION=constants["PRECISION"],
             num_warps=sizes.warps,
             num_stages=sizes.stages,
+            **launch,
         )
-        decode_output_kernel[(problem.groups * q_len * sizes.parts,)](
-            rows_of(problem.value),
-            rows_of(output),
-            workspace,
-            problem.scoring,
-            **problem.lengths,
-            tiles=tiles,
-            PARTS=sizes.parts,
-            NB=at_once,
-            ONE=tiles <= at_once,
-            BN=sizes.keys,
-            CB=512 * sizes.output_warps // sizes.keys,
-            ROOM=sizes.room,
+        arguments = (rows_of(problem.value), rows_of(output), workspace, problem.scoring, heads, kv_heads, q_len)
+        programs = problem.groups * q_len * sizes.parts
+        decode_output_kernel[(programs,)](
+            *arguments,
+            kv_len,
+            tiles,
+            NB=min(_MOST_TILES_AT_ONCE, padded(tiles)),
+            CB=listed_at_once,
+            SHARED_FROM=None if tiles <= _SHORT_TILES else _MOST_TILES_LISTED + 1,
             FEW=512,
-            MANY=512 * sizes.output_warps,
+            MANY=2048,
             CV=sizes.values,
             BOUND_STEPS=_BOUND_STEPS,
-            STEPS=_STEPS,
-            DV=constants["DV"],
-            VALUE_DIM=constants["VALUE_DIM"],
             num_warps=sizes.output_warps,
-            num_stages=1,
+            **sums,
+            **launch,
         )
+        if tiles > _SHORT_TILES:
+            decode_flat_kernel[(programs,)](
+                *arguments, MANY=2048, CV=2 * sizes.values, num_warps=2 * sizes.output_warps, **sums, **launch
+            )

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .device import load_rows, products_to_scores, visible_interval, visible_pairs
 
@@ -26,8 +27,9 @@ class Workspace(NamedTuple):
     """One float32 record for each query row (batch, head, row), and where its parts begin, in elements.
 
     A record holds the scores (at 0; tiles without a visible key are left unwritten), each tile's maximum, and what the
-    second kernel keeps there: the tiles above the bound, the candidates' keys and scores (indices are whole numbers
-    below 2^24, exact in float32), partial outputs of its programs, and the count of programs that have finished.
+    other kernels keep there: the tiles above the bound, the candidates' keys and scores (indices are whole numbers
+    below 2^24, exact in float32), partial outputs of their programs, and their state: the count of programs that have
+    arrived, the number of active tiles if the third kernel has the row (else 0), the bound, and each part's candidates.
     """
 
     pointer: Any
@@ -37,7 +39,7 @@ class Workspace(NamedTuple):
     listed_keys: Any
     listed_scores: Any
     partial: Any
-    finished: Any
+    state: Any
 
 
 @triton.jit
@@ -109,18 +111,22 @@ def _visible_span(masks, batch, low, high, first_key, q_len, kv_len, Q: tl.const
 def decode_scores_kernel(
     query, key, workspace, norm_bound, norm_bound_batch, masks, scoring, heads, kv_heads, q_len, kv_len, tiles, splits,
     BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, Q: tl.constexpr, SEARCH: tl.constexpr,
-    LEVELS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    LEVELS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """TILES key tiles of one key head, for BM of the query rows that share it.
 
     Args:
         query, key: Rows.
-        workspace: Workspace; scores and maxima are written, finished is set to 0.
+        workspace: Workspace; scores and maxima are written, the count of arrivals is set to 0.
         norm_bound: float32, at norm_bound_batch batch + kv_head at least the norm of every key, or None: not known.
         tiles: ceil(kv_len / BN); splits: ceil(tiles / TILES).
         Q: a power of two of at least q_len. SEARCH: skip tiles at either end that the masks hide.
         LEVELS: 64^LEVELS >= kv_len.
+        OVERLAPS: started before the kernel ahead of it has ended.
     """
+    if OVERLAPS:
+        gdc_wait()
+        gdc_launch_dependents()
     group_size = heads // kv_heads
     row_tiles = tl.cdiv(group_size * q_len, BM)
     pid = tl.program_id(0)
@@ -164,7 +170,7 @@ def decode_scores_kernel(
     nothing = tl.full([BM, TILES], float("-inf"), tl.float32)
     tl.store(record[:, None] + workspace.maxima + tile[None, :], nothing, mask=exists[:, None] & unseen[None, :])
     if split == 0:
-        tl.store(record + workspace.finished, tl.zeros([BM], tl.float32), mask=exists)
+        tl.store(record + workspace.state, tl.zeros([BM], tl.float32), mask=exists)
 
     at_once = tl.zeros([1, 1], tl.float32)
     for t in range(first, last):

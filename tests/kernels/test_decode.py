@@ -59,6 +59,9 @@ def _gpu_cases() -> list[Case]:
     cases += [Case(f"long-{length}", kv_len=length, **grouped) for length in (4097, 32768, 131071, 131072)]
     cases += [
         Case("long-near-uniform", kv_len=131072, kind="near-uniform", **grouped),
+        Case("flat-alibi", kv_len=50001, kind="near-uniform", alibi=True, **grouped),
+        Case("flat-left", kv_len=50001, batch=2, kind="near-uniform", mask="left", **grouped),
+        Case("flat-many", kv_len=40000, batch=40, kind="near-uniform", **grouped),
         Case("long-equal", kv_len=40001, kind="equal", **grouped),
         Case("long-topical", kv_len=32768, kind="topical", **grouped),
         Case("long-alibi", kv_len=131072, alibi=True, **grouped),
@@ -129,12 +132,12 @@ def test_any_number_of_splits_gives_the_same_bits(kind: str, device: str) -> Non
 
 @pytest.mark.parametrize(
     "changes",
-    [{"parts": 1}, {"parts": 5, "values": 16}, {"room": 32}, {"room": 640, "parts": 3}, {"keys": 16}],
+    [{"parts": 1}, {"parts": 5, "values": 16}, {"keys": 16}, {"output_warps": 8, "values": 128}],
     ids=str,
 )
 @pytest.mark.parametrize("kind", ["random", "near-uniform", "equal"])
 def test_sizes(changes: dict[str, int], kind: str, device: str) -> None:
-    """Few or many programs a row, and lists that are too short for the candidates."""
+    """Few or many programs a row, small and large tiles."""
     case = Case("sizes", q_len=1, kv_len=1500, head_dim=16, kind=kind)
     query, key, value, _ = tensors(case, device)
     slopes = torch.tensor([0.01, 0.0], device=device)
@@ -142,6 +145,23 @@ def test_sizes(changes: dict[str, int], kind: str, device: str) -> None:
         query.double(), key.double(), value.double(), backend="eager", alibi_slopes=slopes.double()
     )
     assert_close("output", decoded(query, key, value, slopes=slopes, **changes), expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["random", "near-uniform", "equal"])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_rows_left_to_the_third_kernel(parts: int, kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a long cache: rows with many candidates beside others (the sharp one) in the same call."""
+    monkeypatch.setattr(decode_launch, "_SHORT_TILES", 16)
+    monkeypatch.setattr(decode_launch, "_MOST_TILES_LISTED", 8)
+    query, key, value, _ = tensors(Case("flat", q_len=2, kv_len=1500, heads=4, kv_heads=2, kind=kind), device)
+    query[:, 0] *= 50
+    slopes = torch.tensor([0.0, 0.01, 0.0, 0.002], device=device)
+    expected = entmax_attention(
+        query.double(), key.double(), value.double(), backend="eager", alibi_slopes=slopes.double()
+    )
+    actual = decoded(query, key, value, slopes=slopes, parts=parts)
+    assert_close("output", actual, expected, 1e-5)
+    assert torch.equal(decoded(query, key, value, slopes=slopes, parts=parts), actual)
 
 
 def test_more_tiles_than_are_looked_at_together(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +287,7 @@ def test_compiles_to_one_graph(device: str) -> None:
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("kind", ["random", "near-uniform"])
-@pytest.mark.parametrize("kv_len", [3000, 40000])
+@pytest.mark.parametrize("kv_len", [3000, 40000, 131072])
 @torch.no_grad()
 def test_runs_in_a_cuda_graph_bit_by_bit(kv_len: int, kind: str) -> None:
     case = Case("graph", q_len=1, kv_len=kv_len, heads=8, kv_heads=2, head_dim=128, dtype=_BF16, kind=kind, mask="left")
