@@ -138,6 +138,8 @@ def sparse_unsupported_reason(problem: Problem) -> str | None:
         return "the scale is not positive"
     if problem.key.shape[2] > 1 << 18:
         return "an entry of a list has 18 bits for the key"
+    if problem.query.dtype == torch.float32 and problem.constants["D"] > 128:
+        return "float32 tiles of this head_dim do not fit into a multiprocessor"
     return None
 
 

@@ -19,6 +19,7 @@ KERNELS = (
     "key_norm_kernel",
     "list_backward_kernel",
     "list_forward_kernel",
+    "pilot_kernel",
     "query_gradient_kernel",
     "row_bounds_kernel",
     "short_backward_kernel",
