@@ -3,9 +3,9 @@
     python recipes/benchmark/training_step.py            # needs a CUDA GPU; writes training_step.json beside this file
 
 The whole step, forward, backward and optimizer, bf16 autocast over fp32 weights; each layer is compiled (one graph
-serves all of them). Scores are those of a model at its start (nearly equal:
-entmax's supports are at their largest) and of query projections multiplied by --sharpen (supports as small as in a
-trained model). After --seconds, no further row is begun.
+serves all of them). Scores are those of a model at its start (nearly equal: entmax's supports are at their largest) and
+of query projections multiplied by --sharpen (supports as small as in a trained model). After --seconds, no further row
+is begun.
 """
 
 from __future__ import annotations
