@@ -7,12 +7,12 @@ A page's box, the least and the largest of its keys in each channel, bounds its 
 
     q k <= sum_d max(q_d low_d, q_d high_d)
 
-and its ball, the mean m and the largest distance r from it, bounds them by q m + |q| r. In scores times alpha - 1, a page
-has no weight if its bound is at most max - 1, or at most tau. Neither is known before the keys are read: what is counted
-is an upper limit of what a kernel could leave out. A group's heads share their keys, so a page is left out where none
-of them needs it. For a head with ALiBi the bound is lowered by the slope times
-the distance to the page's last key. The keys' bytes are 1: a step reads the bounds, 2 / page of them for a box and
-(1 + 1 / head_dim) / page for a ball, and the pages that are left.
+and its ball, the mean m and the largest distance r from it, bounds them by q m + |q| r. In scores times alpha - 1, a
+page has no weight if its bound is at most max - 1, or at most tau. Neither is known before the keys are read: what is
+counted is an upper limit of what a kernel could leave out. A group's heads share their keys, so a page is left out
+where none of them needs it. For a head with ALiBi the bound is lowered by the slope times the distance to the page's
+last key. The keys' bytes are 1: a step reads the bounds, 2 / page of them for a box and (1 + 1 / head_dim) / page for a
+ball, and the pages that are left.
 
 A model's keys and queries are those of its own attention over one text of --length tokens, each layer for itself:
 held_out.txt where its folder has one, else a stream of the quickstart's task. Steps are the last 64 positions of it.
