@@ -141,5 +141,7 @@ def rows_of(tensor: torch.Tensor) -> Rows:
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Launches go to the tensor's GPU (a null context for the interpreter)."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else contextlib.nullcontext()
+    """Launches go to the tensor's GPU (a null context where they do anyway, and for the interpreter)."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

@@ -16,7 +16,7 @@ from .dense_launch import DenseState, dense_backward, dense_forward, largest_key
 from .problem import Problem
 from .sparse_attention import (
     SparseLists,
-    first_places,
+    column_ends,
     keeps_weights,
     list_capacity,
     sparse_backward,
@@ -116,7 +116,7 @@ def backward(problem: Problem, state: State, grad: torch.Tensor) -> tuple[torch.
         return query_grad, key_grad, value_grad
     deterministic = torch.are_deterministic_algorithms_enabled()
     heads, kv_heads = problem.query.shape[1], problem.key.shape[1]
-    cursors = first_places(state.column_counts)
+    ends = column_ends(state.column_counts)
     for entries, query_heads, key_heads in _parts(problem, state.listed.shape[1]):
         part = problem.part(entries, query_heads, key_heads)
         first, first_kv = entries.start * heads + query_heads.start, entries.start * kv_heads + key_heads.start
@@ -133,7 +133,8 @@ def backward(problem: Problem, state: State, grad: torch.Tensor) -> tuple[torch.
             grad[entries, query_heads], query_grad[entries, query_heads], key_grad[entries, key_heads],
             value_grad[entries, key_heads],
         )  # fmt: skip
-        places = cursors[kv_groups]
-        sparse_backward(part, dense.tau, dense.mean_value, lists, *gradients, places, deterministic=deterministic)
+        sparse_backward(
+            part, dense.tau, dense.mean_value, lists, *gradients, ends[kv_groups], deterministic=deterministic
+        )
         dense_backward(part, dense, *gradients, active=lists.overflow)
     return query_grad, key_grad, value_grad

@@ -22,7 +22,7 @@ __all__ = [
     "ROW_BLOCK",
     "SparseLists",
     "SparseTiles",
-    "first_places",
+    "column_ends",
     "keeps_weights",
     "list_capacity",
     "sparse_backward",
@@ -34,7 +34,7 @@ __all__ = [
 # Query rows that fall to the dense regime together.
 ROW_BLOCK = 128
 # Bytes for the block maxima and candidate words of the row tiles that are worked on at a time.
-_WORKSPACE_BYTES = 256 << 20
+_WORKSPACE_BYTES = 312 << 20
 # Room in the lists, in keys a row on average: trained models have supports of 1 to 50.
 _KEYS_A_ROW = 64
 
@@ -252,9 +252,9 @@ def sparse_forward(
     return SparseLists(listed, offsets, counts, column_counts, overflow)
 
 
-def first_places(column_counts: torch.Tensor) -> torch.Tensor:
-    """(batch * kv_heads, kv_len) int32: where each key's records begin, in the backward pass."""
-    return torch.cumsum(column_counts, -1, dtype=torch.int32).sub_(column_counts)
+def column_ends(column_counts: torch.Tensor) -> torch.Tensor:
+    """(batch * kv_heads, kv_len) int32: where each key's records end, in the backward pass."""
+    return torch.cumsum(column_counts, -1, dtype=torch.int32)
 
 
 def sparse_backward(
@@ -278,7 +278,7 @@ def sparse_backward(
         grad: (batch, heads, q_len, value_dim), unit stride in the last dimension.
         query_grad: (batch, heads, q_len, head_dim), written outside of the overflowed row blocks.
         key_grad, value_grad: as key and value, written.
-        cursors: of `first_places`, changed.
+        cursors: of `column_ends`, changed.
         deterministic: two runs agree bit by bit (through sums in 64-bit integers, slower and with more workspace).
     """
     query = problem.query
@@ -307,7 +307,7 @@ def sparse_backward(
         )  # fmt: skip
         if by_columns:
             column_gradient_kernel[(kv_groups * triton.cdiv(kv_len, tiles.column_keys),)](
-                q, do, rows_of(key_grad), rows_of(value_grad), cursors, records, problem.scale,
+                q, do, rows_of(key_grad), rows_of(value_grad), cursors, lists.column_counts, records, problem.scale,
                 **problem.lengths, capacity=capacity,
                 CHUNK=tiles.column_chunk, KEYS=tiles.column_keys, GROUPED=members > 1, **dims, num_warps=1,
             )  # fmt: skip

@@ -77,7 +77,7 @@ def list_backward_kernel(
         key_sums, value_sums: (batch * kv_heads, kv_len, head_dim or value_dim) float32 or int64, contiguous; None
             where there are records.
         units: (2,) float32, terms per unit of the integer key_sums and value_sums; None for float32.
-        cursors: (batch * kv_heads, kv_len) int32, where each key's next record goes; left behind its last one.
+        cursors: (batch * kv_heads, kv_len) int32, the place after each key's next record; left at its first one.
         records: (batch * kv_heads, heads / kv_heads * capacity) int64, see `packed_record`; or None.
         tau_in: (batch * heads, q_len) float32, read unless PACKED.
         listed, offsets, counts: the lists, with room for `capacity` entries a head.
@@ -149,7 +149,7 @@ def list_backward_kernel(
                 _add_to_keys(key_sums, keys, listed_here, dz * scale * q, key_unit, D, HEAD_DIM)
                 _add_to_keys(value_sums, keys, listed_here, p * grad, value_unit, DV, VALUE_DIM)
             else:
-                place = tl.atomic_add(cursors + keys, 1, mask=listed_here, sem="relaxed")
+                place = tl.atomic_add(cursors + keys, -1, mask=listed_here, sem="relaxed") - 1
                 record = packed_record((head % members) * q_len + row, p, dz, query.pointer.dtype.element_ty)
                 tl.store(records + place, record, mask=listed_here)
         pointer = grad_query.pointer + batch * grad_query.batch + head.to(tl.int64) * grad_query.head
@@ -159,7 +159,8 @@ def list_backward_kernel(
 
 @triton.jit
 def column_gradient_kernel(
-    query, grad_output, key_grad, value_grad, cursors, records, scale, heads, kv_heads, q_len, kv_len, capacity,
+    query, grad_output, key_grad, value_grad, cursors, column_counts, records, scale,
+    heads, kv_heads, q_len, kv_len, capacity,
     CHUNK: tl.constexpr, KEYS: tl.constexpr, GROUPED: tl.constexpr,
     D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -167,7 +168,7 @@ def column_gradient_kernel(
 
     Args:
         query, grad_output, key_grad, value_grad: Rows; the last two are written.
-        cursors: (batch * kv_heads, kv_len) int32, the end of each key's records, which is where the next key's begin.
+        cursors, column_counts: (batch * kv_heads, kv_len) int32, where each key's records begin, and how many.
         records: (batch * kv_heads, heads / kv_heads * capacity) int64.
         GROUPED: several query heads share a key head.
     """
@@ -183,13 +184,14 @@ def column_gradient_kernel(
     key_pointer = key_grad.pointer + batch * key_grad.batch + kv_head.to(tl.int64) * key_grad.head
     value_pointer = value_grad.pointer + batch * value_grad.batch + kv_head.to(tl.int64) * value_grad.head
     cursors += kv_group.to(tl.int64) * kv_len
+    column_counts += kv_group.to(tl.int64) * kv_len
     records += kv_group.to(tl.int64) * members * capacity
     dim = tl.arange(0, D)
     value_dim = tl.arange(0, DV)
-    begin = tl.load(cursors + first_key - 1, mask=first_key > 0, other=0)
     for step in range(0, tl.minimum(KEYS, kv_len - first_key)):
         key = first_key + step
-        end = tl.load(cursors + key)
+        begin = tl.load(cursors + key)
+        end = begin + tl.load(column_counts + key)
         acc_k = tl.zeros([D], tl.float32)
         acc_v = tl.zeros([DV], tl.float32)
         for first in range(begin, end, CHUNK):
@@ -208,7 +210,6 @@ def column_gradient_kernel(
             grad = gather_rows(grad_base, grad_output.row, row, inside, DV, VALUE_DIM)
             acc_k += tl.sum(dz * q, 0)
             acc_v += tl.sum(p * grad, 0)
-        begin = end
         key_row = key_pointer + key.to(tl.int64) * key_grad.row + dim
         value_row = value_pointer + key.to(tl.int64) * value_grad.row + value_dim
         tl.store(key_row, (acc_k * scale).to(key_grad.pointer.dtype.element_ty), mask=dim < HEAD_DIM)

@@ -29,7 +29,7 @@ from hf_asentmax.kernels.problem import Problem
 from hf_asentmax.kernels.row_ranges import RowRanges
 from hf_asentmax.kernels.sparse_attention import (
     SparseTiles,
-    first_places,
+    column_ends,
     sparse_backward,
     sparse_forward,
     sparse_tiles,
@@ -129,7 +129,7 @@ class Case:
     def backward(self, deterministic: bool = False) -> None:
         sparse_backward(
             self.problem, self.tau, self.mean_value, self.lists, self.grad, self.query_grad, self.key_grad,
-            self.value_grad, first_places(self.lists.column_counts), deterministic=deterministic, tiles=self.tiles,
+            self.value_grad, column_ends(self.lists.column_counts), deterministic=deterministic, tiles=self.tiles,
         )  # fmt: skip
 
     def both(self) -> None:

@@ -17,7 +17,7 @@ from hf_asentmax.kernels.sparse_attention import (
     ROW_BLOCK,
     SparseLists,
     SparseTiles,
-    first_places,
+    column_ends,
     sparse_backward,
     sparse_forward,
     sparse_tiles,
@@ -99,7 +99,7 @@ class Call:
         self.key_grad, self.value_grad = torch.full_like(key, math.nan), torch.full_like(value, math.nan)
         sparse_backward(
             self.problem, self.tau, self.mean_value, lists, self.grad, self.query_grad, self.key_grad, self.value_grad,
-            first_places(lists.column_counts), deterministic=deterministic, tiles=tiles,
+            column_ends(lists.column_counts), deterministic=deterministic, tiles=tiles,
         )  # fmt: skip
         return lists
 
