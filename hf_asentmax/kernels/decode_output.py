@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .device import entmax_norm, support_powers
+from .sparse_scores import _scatter
 
 __all__ = ["decode_flat_kernel", "decode_output_kernel"]
 
@@ -64,13 +65,13 @@ def _list_active(
     record, workspace, tiles, slope, scoring, position, nearest, bound, NB: tl.constexpr, BN: tl.constexpr
 ):
     """Lists the tiles whose maximum exceeds the bound; how many there are."""
+    places = record.to(tl.pointer_type(tl.int32)) + workspace.active
     active = 0
     for first in range(0, tiles, NB):
         largest = _tile_maxima(record, workspace, first, tiles, slope, scoring, position, nearest, NB, BN)
         ones = (largest > bound).to(tl.int32)
         slot = active + tl.cumsum(ones, 0) - ones
-        tile = first + tl.arange(0, NB)
-        tl.store(record + workspace.active + slot, tile.to(tl.float32), mask=ones != 0)
+        _scatter(places + slot, first + tl.arange(0, NB), ones != 0)
         active += tl.sum(ones, 0)
     tl.debug_barrier()
     return active
@@ -85,12 +86,13 @@ def _list_candidates(
 
     scores_at may be the place of the first of these tiles' own scores: the list never overtakes what is still to read.
     """
+    words = record.to(tl.pointer_type(tl.int32))
     total = 0
     within = tl.arange(0, BN)
     for first in range(begin, end, CB):
         place = first + tl.arange(0, CB)
         inside = place < end
-        tile = tl.load(record + workspace.active + place, mask=inside, other=0.0).to(tl.int32)
+        tile = tl.load(words + workspace.active + place, mask=inside, other=0)
         keys = tile[:, None] * BN + within[None, :]
         score = tl.load(record + keys, mask=inside[:, None], other=float("-inf"))
         if scoring.slopes is not None:
@@ -99,8 +101,8 @@ def _list_candidates(
         slot = total + tl.reshape(tl.cumsum(tl.reshape(ones, [CB * BN]), 0), [CB, BN]) - ones
         total += tl.sum(tl.reshape(ones, [CB * BN]), 0)
         tl.debug_barrier()
-        tl.store(record + keys_at + slot, keys.to(tl.float32), mask=ones != 0)
-        tl.store(record + scores_at + slot, score, mask=ones != 0)
+        _scatter(words + keys_at + slot, keys, ones != 0)
+        _scatter(words + scores_at + slot, score.to(tl.int32, bitcast=True), ones != 0)
     tl.debug_barrier()
     return total
 
@@ -152,14 +154,15 @@ def _solve_shares(
     PARTS: tl.constexpr, BN: tl.constexpr, MANY: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
     """_solve on the lists of all parts."""
+    words = record.to(tl.pointer_type(tl.int32))
     moved = 1.0
     for _ in range(0, STEPS):
         if moved > _ENOUGH:
             sum_p = tl.zeros([MANY], tl.float32)
             sum_s = tl.zeros([MANY], tl.float32)
             for part in range(0, PARTS):
-                count = tl.load(record + workspace.state + 3 + part).to(tl.int32)
-                first_tile = tl.load(record + workspace.active + _share(active, part, PARTS)).to(tl.int32)
+                count = tl.load(words + workspace.state + 3 + part)
+                first_tile = tl.load(words + workspace.active + _share(active, part, PARTS))
                 for first in range(0, count, MANY):
                     score = _scores(record, first_tile * BN + first, count - first, MANY)
                     p, s = support_powers(tl.maximum(score - tau, 0.0), scoring.exponent)
@@ -184,13 +187,14 @@ def _write_output(
         first, step: the part takes chunks first, first + step, ... of CV candidates.
         strange: a score of the row is no number.
     """
+    words = record.to(tl.pointer_type(tl.int32))
     dim = tl.arange(0, DV)
     values = value.pointer + batch.to(tl.int64) * value.batch + kv_head.to(tl.int64) * value.head
     weighted = tl.zeros([CV, DV], tl.float32)
     weights = tl.zeros([CV], tl.float32)
     for chunk in range(first * CV, count, step * CV):
         slot = chunk + tl.arange(0, CV)
-        keys = tl.load(record + keys_at + slot, mask=slot < count, other=0.0).to(tl.int32)
+        keys = tl.load(words + keys_at + slot, mask=slot < count, other=0)
         score = _scores(record, scores_at + chunk, count - chunk, CV)
         p, _ = support_powers(tl.maximum(score - tau, 0.0), scoring.exponent)
         pointers = values + keys.to(tl.int64)[:, None] * value.row + dim[None, :]
@@ -205,7 +209,7 @@ def _write_output(
         tl.store(partial + dim, result)
         tl.store(partial + DV, total)
         tl.debug_barrier()
-        arrived = tl.atomic_add(record + workspace.state, 1.0, sem="acq_rel").to(tl.int32)
+        arrived = tl.atomic_add(words + workspace.state, 1, sem="acq_rel")
         if arrived == shares - 1:
             result = tl.zeros([DV], tl.float32)
             total = 0.0
@@ -248,6 +252,7 @@ def decode_output_kernel(
     kv_head = head // (heads // kv_heads)
     position = row % q_len + (kv_len - q_len)
     record = workspace.pointer + row.to(tl.int64) * workspace.row
+    words = record.to(tl.pointer_type(tl.int32))
     if OVERLAPS:
         gdc_wait()
         gdc_launch_dependents()
@@ -276,17 +281,17 @@ def decode_output_kernel(
     if SHARED_FROM is not None:
         shared = active >= SHARED_FROM
         if part == 0:
-            tl.store(record + workspace.state + 1, tl.where(shared, active, 0).to(tl.float32))
+            tl.store(words + workspace.state + 1, tl.where(shared, active, 0))
             tl.store(record + workspace.state + 2, bound)
     if shared:
         begin = _share(active, part, PARTS)
         end = _share(active, part + 1, PARTS)
-        place = tl.load(record + workspace.active + begin).to(tl.int32) * BN
+        place = tl.load(words + workspace.active + begin) * BN
         count = _list_candidates(
             record, workspace, begin, end, workspace.listed_keys + place, place,
             slope, scoring, position, nearest, bound, CB, BN,
         )  # fmt: skip
-        tl.store(record + workspace.state + 3 + part, count.to(tl.float32))
+        tl.store(words + workspace.state + 3 + part, count)
     else:
         count = _list_candidates(
             record, workspace, 0, active, workspace.listed_keys, workspace.listed_scores,
@@ -317,15 +322,16 @@ def decode_flat_kernel(
     head = group % heads
     kv_head = head // (heads // kv_heads)
     record = workspace.pointer + row.to(tl.int64) * workspace.row
+    words = record.to(tl.pointer_type(tl.int32))
     if OVERLAPS:
         gdc_wait()
         gdc_launch_dependents()
-    active = tl.load(record + workspace.state + 1).to(tl.int32)
+    active = tl.load(words + workspace.state + 1)
     if active > 0:
         bound = tl.load(record + workspace.state + 2)
         tau = _solve_shares(record, workspace, active, bound, scoring, PARTS, BN, MANY, STEPS)
-        count = tl.load(record + workspace.state + 3 + part).to(tl.int32)
-        place = tl.load(record + workspace.active + _share(active, part, PARTS)).to(tl.int32) * BN
+        count = tl.load(words + workspace.state + 3 + part)
+        place = tl.load(words + workspace.active + _share(active, part, PARTS)) * BN
         _write_output(
             value, output, record, workspace, row, batch, head, kv_head, q_len, scoring,
             workspace.listed_keys + place, place, 0, count, 1, tau, part, PARTS, False, CV, DV, VALUE_DIM,

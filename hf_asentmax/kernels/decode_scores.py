@@ -24,12 +24,12 @@ _FAR = tl.constexpr(1 << 30)
 
 
 class Workspace(NamedTuple):
-    """One float32 record for each query row (batch, head, row), and where its parts begin, in elements.
+    """One record of 32-bit words for each query row (batch, head, row), and where its parts begin, in words.
 
     A record holds the scores (at 0; tiles without a visible key are left unwritten), each tile's maximum, and what the
-    other kernels keep there: the tiles above the bound, the candidates' keys and scores (indices are whole numbers
-    below 2^24, exact in float32), partial outputs of their programs, and their state: the count of programs that have
-    arrived, the number of active tiles if the third kernel has the row (else 0), the bound, and each part's candidates.
+    other kernels keep there: the tiles above the bound, the candidates' keys and scores, partial outputs of their
+    programs, and their state: the count of programs that have arrived, the number of active tiles if the third kernel
+    has the row (else 0), the bound, and each part's number of candidates. Counts and indices are int32, the rest float32.
     """
 
     pointer: Any

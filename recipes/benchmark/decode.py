@@ -286,8 +286,8 @@ def tune(case: Case) -> Iterator[dict[str, Any]]:
     changes += [{"keys": keys, "stages": stages} for keys in (64, 128) for stages in (1, 2, 3, 4)]
     changes += [{"warps": 8}, {"warps": 2, "keys": 64}, {"warps": 8, "keys": 256, "stages": 2}]
     changes += [{"parts": parts} for parts in (1, 2, 4, 8)]
-    changes += [{"output_warps": 8}, {"output_warps": 2, "values": 32}, {"output_warps": 1, "values": 16}]
-    changes += [{"values": 32}, {"values": 128, "output_warps": 8}]
+    changes += [{"output_warps": warps, "values": values} for warps, values in ((8, 64), (2, 32), (1, 16), (4, 32))]
+    changes += [{"parts": 4, "output_warps": 8}, {"parts": 4, "values": 32}]
     sets = make_inputs(case)
     for change in changes:
 
