@@ -1,7 +1,8 @@
 """Attention alone: the kernels against softmax attention and against another entmax kernel, on one GPU.
 
     python recipes/benchmark/attention.py              # needs a CUDA GPU; writes attention.json beside this file
-    python recipes/benchmark/attention.py --lengths 8192 --kinds random --seconds 60
+    python recipes/benchmark/attention.py --lengths 8192 --kinds random
+    python recipes/benchmark/attention.py --seconds 120          # the cases come in the order of their weight
     python recipes/benchmark/attention_report.py       # the plot and the table, from the JSON
 
 bfloat16, causal, batch x heads x length about constant (16 x 32,768). Medians of CUDA events, peers in the same run:
@@ -19,7 +20,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,18 @@ from recipes.common import results_header, write_json
 
 KINDS = ("random", "sharp", "topical", "nape", "near-uniform")
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
-SHORT = ((64, 16), (64, 64), (128, 32), (128, 64), (256, 64), (512, 64))  # (length, head_dim) at batch x heads = 16K
+SHORT = ((512, 64), (256, 64), (128, 64), (64, 64), (128, 32), (64, 16))  # (length, head_dim) at batch x heads = 16K
 HEADS = 16
 TOKENS = 32768
+# What is measured, (length, head_dim, kind): a table first, then how time grows with the length.
+TABLE = (
+    *((32768, 64, kind) for kind in KINDS),
+    *((8192, 64, kind) for kind in KINDS if kind != "nape"),
+    *((length, 128, kind) for length in (32768, 8192) for kind in ("random", "topical", "near-uniform")),
+)
+CURVES = tuple((length, 64, kind) for length in LENGTHS for kind in ("topical", "nape", "near-uniform"))
+# Peers that compile for each length, or take too long elsewhere.
+ONLY_AT = {"flex alibi": (8192, 32768, 131072), "adasplash v2": (8192, 32768), "adasplash v1": (8192,)}
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -77,7 +87,7 @@ def _sdpa(backend: SDPBackend) -> Attention:
 def _flex_alibi(length: int, slopes: torch.Tensor) -> Attention:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cuda")
+    mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, length, length, device="cuda", _compile=True)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -110,7 +120,7 @@ def methods(length: int, slopes: torch.Tensor | None, wanted: list[str]) -> Iter
             yield name, make()
 
 
-def median_ms(run: Callable[[], Any], budget_ms: float = 150.0) -> float:
+def median_ms(run: Callable[[], Any], budget_ms: float = 120.0) -> float:
     """Median time of a call on the GPU, over about `budget_ms`, at least 5 calls, launched without waiting between."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     run()
@@ -198,23 +208,31 @@ def measure(name: str, attend: Attention, inputs: list[torch.Tensor], truth: dic
     return result
 
 
-def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, list[torch.Tensor], torch.Tensor | None]]:
+Cases = Iterator[tuple[str, list[torch.Tensor], torch.Tensor | None]]
+
+
+def _of_a_kind(table: Iterable[tuple[int, int, str]], arguments: argparse.Namespace) -> Cases:
+    for length, head_dim, kind in table:
+        if length in arguments.lengths and head_dim in arguments.head_dims and kind in arguments.kinds:
+            slopes = nape_slopes() if kind == "nape" else None
+            yield kind, make_inputs(kind, max(1, TOKENS // length), length, head_dim), slopes
+
+
+def _captured(path: Path) -> tuple[str, list[torch.Tensor], torch.Tensor | None]:
+    tensors = torch.load(path)
+    query, key, value = (tensors[name].cuda().bfloat16() for name in ("query", "key", "value"))
+    slopes = tensors["alibi_slopes"]
+    inputs = [query, key, value, torch.randn_like(query)]
+    return f"captured {path.stem}", inputs, None if slopes is None else slopes.cuda()
+
+
+def cases(arguments: argparse.Namespace) -> Cases:
     """(kind, inputs, slopes)"""
-    for head_dim in arguments.head_dims:
-        for length in arguments.lengths:
-            for kind in arguments.kinds:
-                slopes = nape_slopes() if kind == "nape" else None
-                yield kind, make_inputs(kind, max(1, TOKENS // length), length, head_dim), slopes
-    if arguments.short:
-        for length, head_dim in SHORT:
-            batch = 16384 // HEADS
-            yield "random, many rows", make_inputs("random", batch, length, head_dim), None
-    for path in arguments.captured:
-        tensors = torch.load(path)
-        query, key, value = (tensors[name].cuda().bfloat16() for name in ("query", "key", "value"))
-        slopes = tensors["alibi_slopes"]
-        inputs = [query, key, value, torch.randn_like(query)]
-        yield f"captured {path.stem}", inputs, None if slopes is None else slopes.cuda()
+    yield from _of_a_kind(TABLE, arguments)
+    yield from map(_captured, arguments.captured)
+    for length, head_dim in SHORT if arguments.short else ():
+        yield "random, many rows", make_inputs("random", 16384 // HEADS, length, head_dim), None
+    yield from _of_a_kind((case for case in CURVES if case not in TABLE), arguments)
 
 
 def main() -> None:
@@ -244,8 +262,8 @@ def main() -> None:
         case = {"kind": kind, "length": length, "head_dim": head_dim, "batch": batch, "heads": heads}
         case["support"] = truth["support"]
         for name, attend in methods(length, slopes, arguments.methods):
-            if name == "adasplash v1" and length > 8192:
-                continue  # over a hundred times slower than the rest
+            if length not in ONLY_AT.get(name, (length,)):
+                continue
             try:
                 row = measure(name, attend, inputs, truth)
             except (RuntimeError, torch.OutOfMemoryError) as error:
