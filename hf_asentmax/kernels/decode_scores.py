@@ -29,7 +29,8 @@ class Workspace(NamedTuple):
     A record holds the scores (at 0; tiles without a visible key are left unwritten), each tile's maximum, and what the
     other kernels keep there: the tiles above the bound, the candidates' keys and scores, partial outputs of their
     programs, and their state: the count of programs that have arrived, the number of active tiles if the third kernel
-    has the row (else 0), the bound, and each part's number of candidates. Counts and indices are int32, the rest float32.
+    has the row (else 0), the bound, and each part's number of candidates. Counts and indices are int32, the rest is
+    float32.
     """
 
     pointer: Any

@@ -313,6 +313,42 @@ def test_runs_in_a_cuda_graph_bit_by_bit(kv_len: int, kind: str) -> None:
         assert torch.equal(captured, expected)
 
 
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.parametrize("kv_len", [3000, 40000])
+@torch.no_grad()
+def test_overlapping_kernels_wait_for_one_another(kv_len: int) -> None:
+    """Calls in a row on one cache, each right after a copy or a kernel has changed it."""
+    case = Case("overlap", q_len=1, kv_len=kv_len, heads=8, kv_heads=2, head_dim=128, dtype=_BF16)
+    query, key, value, _ = tensors(case, "cuda")
+    sources = [torch.randn_like(key) for _ in range(6)]
+    expected = [entmax_attention(query, source, value, backend="triton") for source in sources]
+
+    def steps() -> list[torch.Tensor]:
+        outputs = []
+        for index, source in enumerate(sources):
+            if index % 2:
+                key.copy_(source)
+            else:
+                torch.add(source, 0.0, out=key)
+            outputs.append(entmax_attention(query, key, value, backend="triton"))
+        return outputs
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        alone = steps()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = steps()
+    for _ in range(20):
+        graph.replay()
+        torch.cuda.synchronize()
+        for outputs in (alone, captured):
+            assert all(torch.equal(mine, other) for mine, other in zip(outputs, expected, strict=True))
+
+
 @pytest.mark.parametrize(
     ("bound", "error", "message"),
     [
