@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipes.benchmark.attention_report import table as attention_table
+from recipes.benchmark import attention_report, decode_report
 
 RECIPES = Path(__file__).resolve().parent
 README = RECIPES.parent / "README.md"
@@ -95,15 +95,95 @@ def pretrain(content: dict[str, Any]) -> str:
     )
 
 
+def _ratio(ours: dict[str, Any], peer: dict[str, Any] | None, key: str) -> str:
+    """The peer's time over ours."""
+    return "-" if not peer or not peer.get(key) or not ours.get(key) else f"{peer[key] / ours[key]:.2f}x"
+
+
+def _has_curves(content: dict[str, Any]) -> bool:
+    """Whether there is a kind of input at four lengths or more: enough to look at."""
+    lengths: dict[str, set[int]] = {}
+    for row in content["results"]:
+        lengths.setdefault(row["kind"], set()).add(row["length"])
+    return any(len(found) >= 4 for kind, found in lengths.items() if "many rows" not in kind)
+
+
 def benchmark(content: dict[str, Any]) -> str:
     """The attention kernels beside their peers."""
-    return "## Speed\n\n" + attention_table(content).strip()
+    peers = [peer for peer in attention_report.PEERS if any(row["method"] == peer for row in content["results"])]
+    rows = []
+    for (kind, length, head_dim, batch, heads), methods in attention_report.by_case(content["results"]).items():
+        if "ours" not in methods or (length < 8192 and "many rows" not in kind):
+            continue
+        ours = methods["ours"]
+        key = "graph_ms" if ours.get("graph_ms") else "forward_backward_ms"
+        cells = [kind, f"{length:,}", str(head_dim), f"{batch * heads:,}", str(ours["support"]), f"{ours[key]:.2f}"]
+        called = _ratio(ours, methods.get("sdpa cuDNN"), "forward_backward_ms")
+        rows.append([*cells, *(_ratio(ours, methods.get(peer), key) for peer in peers), called])
+    columns = ["input", "N", "D", "batch x heads", "keys a row", "ours, ms", *peers, "cuDNN, called from Python"]
+    return "\n\n".join(
+        [
+            "## Speed",
+            "Attention alone, forward and backward, bfloat16, causal: how many times faster ours is than each peer "
+            "(below 1: slower), as replays of a CUDA graph and, in the last column, as calls from Python, where the "
+            "host's time counts. Softmax's SDPA has no ALiBi; FlexAttention has the same as ours. All numbers: "
+            "[attention.md](recipes/benchmark/attention.md).",
+            *(["![Time against length](recipes/benchmark/attention.png)"] if _has_curves(content) else []),
+            markdown_table(columns, rows),
+            origin(content),
+        ]
+    )
+
+
+def decode(content: dict[str, Any]) -> str:
+    """One decoding step beside its peers."""
+    peers = [peer for peer in decode_report.PEERS if any(row["method"] == peer for row in content["results"])]
+    rows = []
+    for (kind, heads, kv_heads, head_dim, kv_len, batch), methods in decode_report.by_case(content["results"]).items():
+        if "ours" in methods:
+            cells = [kind, f"{heads}/{kv_heads} x {head_dim}", f"{kv_len:,}", str(batch)]
+            cells.append(f"{1e3 * methods['ours']['ms']:.0f}")
+            rows.append([*cells, *(_ratio(methods["ours"], methods.get(peer), "ms") for peer in peers)])
+    return "\n\n".join(
+        [
+            "One decoding step of attention inside a CUDA graph, how many times faster than each peer "
+            "([details](recipes/benchmark/decode.md)):",
+            markdown_table(["input", "heads x D", "keys", "batch", "ours, us", *peers], rows),
+            origin(content),
+        ]
+    )
+
+
+def training_step(content: dict[str, Any]) -> str:
+    """A whole training step beside the same model on sdpa."""
+    columns = ["tokens", "query projections x", "model", "tokens a second", "times sdpa's", "peak GiB"]
+    rows = [
+        [
+            f"{row['length']:,}",
+            f"{row['sharpen']:g}",
+            row["method"],
+            f"{row['tokens_per_second']:,}",
+            f"{row['times_faster_than_sdpa']:.2f}",
+            f"{row['peak_gib']:.1f}",
+        ]
+        for row in content["rows"]
+    ]
+    return "\n\n".join(
+        [
+            "A training step of a 124M Llama, compiled, batch 1 (query projections multiplied, so that supports are as "
+            "small as in a trained model, or as they are at the start):",
+            markdown_table(columns, rows),
+            origin(content),
+        ]
+    )
 
 
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "quickstart": ("quickstart/results.json", quickstart),
     "pretrain": ("pretrain/results.json", pretrain),
     "benchmark": ("benchmark/attention.json", benchmark),
+    "decode": ("benchmark/decode.json", decode),
+    "training step": ("benchmark/training_step.json", training_step),
 }
 
 

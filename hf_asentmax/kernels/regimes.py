@@ -31,7 +31,7 @@ __all__ = ["SPARSE_FROM", "State", "backward", "forward", "new_state"]
 # cost as much as they save at about so many keys (recipes/benchmark/NOTES.md).
 SPARSE_FROM = 6144
 # Workspace of the backward pass on lists, in bytes: it does so many heads at a time.
-_BACKWARD_BYTES = 128 << 20
+_BACKWARD_BYTES = 112 << 20
 
 
 class State(NamedTuple):

@@ -36,7 +36,7 @@ ROW_BLOCK = 128
 # Bytes for the block maxima and candidate words of the row tiles that are worked on at a time.
 _WORKSPACE_BYTES = 312 << 20
 # Room in the lists, in keys a row on average: trained models have supports of 1 to 50.
-_KEYS_A_ROW = 64
+_KEYS_A_ROW = 56
 
 
 class SparseLists(NamedTuple):

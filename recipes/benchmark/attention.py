@@ -7,6 +7,7 @@
 
 bfloat16, causal, batch x heads x length about constant (16 x 32,768). Medians of CUDA events, peers in the same run:
 of calls from Python, launched without waiting in between, and of replays of a CUDA graph, where the host has no part.
+host_ms is what a call keeps Python busy.
 Kinds of input: random (iid normal), sharp (queries x 8), topical (runs of 256 keys share a direction, a query picks
 one), nape (random; half of the heads ALiBi with slopes 1/h), near-uniform (queries x 0.05, as at initialisation), and
 captured (of a trained model, by capture.py, given with --captured).
@@ -46,7 +47,9 @@ TABLE = (
     *((length, 128, kind) for length in (32768, 8192) for kind in ("random", "topical", "near-uniform")),
 )
 CURVES = tuple((length, 64, kind) for length in LENGTHS for kind in ("topical", "nape", "near-uniform"))
-# Peers that compile for each length, or take too long elsewhere.
+METHODS = ("ours", "sdpa flash-2", "sdpa cuDNN", "flex alibi", "adasplash v2", "adasplash v1")
+# Measured after everything else: these compile for each length, or try many tile sizes (a minute for a case).
+LAST = ("flex alibi", "adasplash v2", "adasplash v1")
 ONLY_AT = {"flex alibi": (8192, 32768, 131072), "adasplash v2": (8192, 32768), "adasplash v1": (8192,)}
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -138,6 +141,17 @@ def median_ms(run: Callable[[], Any], budget_ms: float = 120.0) -> float:
     return statistics.median(begin.elapsed_time(end) for begin, end in itertools.pairwise(marks))
 
 
+def host_ms(run: Callable[[], Any], calls: int = 8) -> float:
+    """How long Python takes to launch a call, when nothing makes it wait."""
+    times = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        run()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
 def graph_ms(run: Callable[[], Any]) -> float | None:
     """Median time of a replay of the call in a CUDA graph; None where it cannot be captured."""
     stream = torch.cuda.Stream()
@@ -199,6 +213,7 @@ def measure(name: str, attend: Attention, inputs: list[torch.Tensor], truth: dic
         "forward_ms": round(forward, 4),
         "forward_backward_ms": round(median_ms(both), 4),
         "graph_ms": None if (replay := graph_ms(both)) is None else round(replay, 4),
+        "host_ms": round(host_ms(both), 4),
         "peak_mib": round(memory / 2**20, 1),
     }
     if name == "ours" or name.startswith("adasplash"):
@@ -245,7 +260,8 @@ def main() -> None:
     parser.add_argument(
         "--methods",
         nargs="*",
-        default=["ours", "sdpa flash-2", "sdpa cuDNN", "flex alibi", "adasplash v2", "adasplash v1"],
+        choices=METHODS,
+        default=METHODS,
     )
     parser.add_argument("--seconds", type=float, default=math.inf, help="start no new case after so long")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("attention.json"))
@@ -253,26 +269,30 @@ def main() -> None:
 
     results: list[dict[str, Any]] = []
     started = time.perf_counter()
-    for kind, inputs, slopes in cases(arguments):
+    header = results_header(torch.device("cuda"), [0])
+    first = [name for name in arguments.methods if name not in LAST]
+    last = [name for name in arguments.methods if name in LAST]
+    for wanted, (kind, inputs, slopes) in ((wanted, case) for wanted in (first, last) for case in cases(arguments)):
         if time.perf_counter() - started > arguments.seconds:
             print("out of time")
             break
-        truth = sampled_rows(inputs, slopes)
         batch, heads, length, head_dim = inputs[0].shape
+        wanted = [name for name in wanted if length in ONLY_AT.get(name, (length,))]
+        if not wanted:
+            continue
+        truth = sampled_rows(inputs, slopes)
         case = {"kind": kind, "length": length, "head_dim": head_dim, "batch": batch, "heads": heads}
         case["support"] = truth["support"]
-        for name, attend in methods(length, slopes, arguments.methods):
-            if length not in ONLY_AT.get(name, (length,)):
-                continue
+        for name, attend in methods(length, slopes, wanted):
             try:
                 row = measure(name, attend, inputs, truth)
             except (RuntimeError, torch.OutOfMemoryError) as error:
                 row = {"method": name, "failed": f"{type(error).__name__}: {str(error)[:120]}"}
             results.append(case | row)
             print(" ".join(f"{key}={value}" for key, value in results[-1].items()), flush=True)
+            write_json(arguments.output, {**header, "results": results})
         del inputs, truth
         torch.cuda.empty_cache()
-        write_json(arguments.output, {**results_header(torch.device("cuda"), [0]), "results": results})
 
 
 if __name__ == "__main__":
