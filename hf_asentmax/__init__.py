@@ -6,9 +6,9 @@ Importing the package registers its presets with transformers; see `ASEntmaxConf
 from .attention import entmax_attention
 from .config import ASEntmaxConfig
 from .integration import register
-from .training import parameter_groups
+from .training import parameter_groups, set_alpha
 
-__all__ = ["ASEntmaxConfig", "__version__", "entmax_attention", "parameter_groups"]
+__all__ = ["ASEntmaxConfig", "__version__", "entmax_attention", "parameter_groups", "set_alpha"]
 
 __version__ = "0.1.0"
 

@@ -1,14 +1,18 @@
-"""Optimizer groups for models with length scalings."""
+"""What a training loop needs besides a model: optimizer groups, and an alpha that changes."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import nn
 
+from .config import ASEntmaxConfig
+from .integration.install import installed_attentions
+from .integration.names import SETTINGS_ATTRIBUTE
 from .scaling import LengthScaling
 
-__all__ = ["parameter_groups"]
+__all__ = ["parameter_groups", "set_alpha"]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
@@ -43,3 +47,32 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[s
         {"params": groups[True], "weight_decay": weight_decay},
         {"params": groups[False], "weight_decay": 0.0},
     ]
+
+
+def set_alpha(model: nn.Module, alpha: float) -> None:
+    """Give every attention of a model another alpha, as in annealing it from 1 (softmax) to 1.5 during training.
+
+    The model's config follows, so that a checkpoint is restored with the alpha it was saved with. A compiled model
+    compiles again for each alpha, and so do the kernels: anneal in a few stairs.
+
+    Args:
+        model: with ASEntmax attention (any preset whose mapping is alpha-entmax).
+        alpha: from 1 to 2.
+
+    Raises:
+        TypeError, ValueError: no attention of ours in the model; an alpha out of range, or that doesn't fit the other
+            flags (top-k and adaptive temperature need alpha = 1).
+    """
+    attentions = [attention for _, attention in installed_attentions(model)]
+    if not attentions:
+        raise ValueError(
+            f"{type(model).__name__} has no attention of hf_asentmax; build it with attn_implementation='asentmax'"
+        )
+    changed = []
+    for attention in attentions:
+        settings = getattr(attention, SETTINGS_ATTRIBUTE)
+        given = {name: value for name, value in settings.flags.to_dict().items() if value is not None}
+        changed.append(dataclasses.replace(settings, flags=ASEntmaxConfig(**{**given, "alpha": alpha})))
+    for attention, settings in zip(attentions, changed, strict=True):
+        setattr(attention, SETTINGS_ATTRIBUTE, settings)
+        attention.config.asentmax = settings.flags  # type: ignore[union-attr]

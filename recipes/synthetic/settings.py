@@ -36,6 +36,9 @@ class RunSettings:
     hard_candidates: int = flag(1, "train on the hardest `batch` of this many times as many samples, by their loss")
     hard_from: float = flag(0.5, "part of the run after which the hardest are chosen")
     alpha: float | None = flag(None, "entmax's alpha, in place of the method's")
+    alpha_start: float | None = flag(None, "entmax's alpha at the start, from which it climbs to its value in stairs")
+    alpha_stairs: int = flag(4, "how many stairs; each compiles the model and the kernels once more")
+    alpha_until: float = flag(0.3, "part of the run over which alpha climbs")
     top_k: int | None = flag(None, "keys that topk keeps, in place of 16")
     gamma_range: float | None = flag(None, "range of ASEntmax's gamma, in place of 2")
     delta: float | None = flag(None, "ASEntmax's constant, in place of 1")
@@ -56,6 +59,15 @@ class RunSettings:
             raise ValueError("a run needs an end: give --steps or --minutes")
         if self.schedule not in ("linear", "cosine"):
             raise ValueError(f"schedule must be linear or cosine, got {self.schedule!r}")
+        if self.alpha_start is not None and self.method not in ("entmax", "asentmax"):
+            raise ValueError(f"alpha-start is for entmax and asentmax, got method {self.method!r}")
+
+    def alpha_at(self, progress: float, last: float) -> float:
+        """alpha at a part of the run, on its way to `last`."""
+        if self.alpha_start is None or progress >= self.alpha_until:
+            return last
+        stair = int(progress / self.alpha_until * self.alpha_stairs + 1e-9)
+        return self.alpha_start + (last - self.alpha_start) * stair / self.alpha_stairs
 
     @property
     def attention_flags(self) -> dict[str, Any]:

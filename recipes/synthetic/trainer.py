@@ -69,6 +69,7 @@ class Trainer:
         self.validations: list[dict[str, Any]] = []
         self.left_plateau: dict[str, Any] | None = None
         self.kept_step: int | None = None
+        self.alpha: float | None = None  # what set_alpha was given last
         if self._checkpoint.exists():
             self._restore()
 
@@ -170,6 +171,10 @@ class Trainer:
 
     def _update(self) -> None:
         settings, progress = self.settings, self.progress
+        alpha = settings.alpha_at(progress, settings.alpha or 1.5)
+        if settings.alpha_start is not None and alpha != self.alpha:
+            hf_asentmax.set_alpha(self.model, alpha)
+            self.alpha = alpha
         batch = self._next_batch(progress)
         self.tokens += batch.inputs.shape[0] * batch.inputs.shape[1]
         if settings.compile:

@@ -12,7 +12,7 @@ from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from hf_asentmax import parameter_groups
+from hf_asentmax import parameter_groups, set_alpha
 from hf_asentmax.scaling import LengthScaling
 
 from tiny_models import perturb_scalings, random_ids, tiny_model
@@ -214,6 +214,32 @@ def test_parameter_groups_leave_out_what_is_frozen():
 def test_parameter_groups_refuse_a_decay_without_meaning(decay: float):
     with pytest.raises(ValueError, match=r"weight_decay must be at least 0, got"):
         parameter_groups(tiny_model("llama", "asentmax"), weight_decay=decay)
+
+
+# --- alpha that changes
+
+
+def test_another_alpha_is_that_of_a_model_built_with_it(tmp_path: Path):
+    model = tiny_model("llama", "asentmax", NAPE)
+    built = tiny_model("llama", "asentmax", {**NAPE, "alpha": 1.2})
+    built.load_state_dict(model.state_dict())
+    before, expected = loss_of(model), loss_of(built)
+    set_alpha(model, 1.2)
+    assert torch.equal(loss_of(model), expected) and not torch.equal(before, expected)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(loss_of(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)
+    set_alpha(model, 1.0)
+    assert torch.isfinite(loss_of(model))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "alpha", "message"),
+    [("asentmax", 2.5, "between 1"), ("topk_softmax", 1.5, "top_k"), ("sdpa", 1.5, "no attention of hf_asentmax")],
+)
+def test_an_alpha_that_does_not_fit_is_refused(implementation: str, alpha: float, message: str):
+    model = tiny_model("llama", implementation)
+    with pytest.raises(ValueError, match=message):
+        set_alpha(model, alpha)
 
 
 # --- Trainer

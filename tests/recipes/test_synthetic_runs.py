@@ -203,6 +203,15 @@ def test_learning_rate() -> None:
         RunSettings(steps=0)
 
 
+def test_alpha_climbs_in_stairs() -> None:
+    settings = RunSettings(alpha_start=1.1, alpha_stairs=4, alpha_until=0.4)
+    alphas = [settings.alpha_at(progress, 1.5) for progress in (0.0, 0.09, 0.1, 0.3, 0.39, 0.4, 1.0)]
+    assert alphas == pytest.approx([1.1, 1.1, 1.2, 1.4, 1.4, 1.5, 1.5])
+    assert RunSettings().alpha_at(0.0, 1.5) == 1.5
+    with pytest.raises(ValueError, match="entmax and asentmax"):
+        RunSettings(alpha_start=1.1, method="softmax")
+
+
 def trained(folder: Path, task: Task, settings: RunSettings, stops: bool = False) -> Trainer:
     """A finished run; with `stops` every step is made by a new process's trainer."""
     while True:
@@ -215,11 +224,12 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     task = replace(SMALL, near_misses_end=1.0, one_letter_end=0.3, min_queries=1, max_queries=5)
     settings = RunSettings(
         steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, hard_candidates=2, warmup=3, validations=2,
-        validate_multiple=1, validate_samples=4,
+        validate_multiple=1, validate_samples=4, alpha_start=1.1, alpha_until=0.6,
     )  # fmt: skip
     straight, resumed = trained(tmp_path / "a", task, settings), trained(tmp_path / "b", task, settings, stops=True)
     assert len(straight.log) == 3 and len(straight.validations) == 2
     assert [entry["loss"] for entry in straight.log] == [entry["loss"] for entry in resumed.log]
+    assert straight.model.config.asentmax.alpha == 1.5
     assert straight.tokens == resumed.tokens and straight.kept_step == resumed.kept_step
     for (name, one), other in zip(
         straight.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
