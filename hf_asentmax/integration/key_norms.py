@@ -15,7 +15,8 @@ _RECORD = "_asentmax_largest_key_norm"
 
 def _largest_norm(key: torch.Tensor) -> torch.Tensor:
     """(1, kv_heads) float32 of key (batch, kv_heads, length, head_dim)."""
-    return torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax(dim=(0, 2))[None]
+    dtype = torch.promote_types(key.dtype, torch.float32)
+    return torch.linalg.vector_norm(key, dim=-1, dtype=dtype).amax(dim=(0, 2))[None].float()
 
 
 def key_norm_bound(cache: Any, layer_idx: int | None, key: torch.Tensor, q_len: int) -> torch.Tensor | None:
