@@ -1,7 +1,7 @@
 """Queries, keys and values of a model trained by the synthetic recipe, at a long length, for attention.py --captured.
 
     python recipes/synthetic/train.py --task mqmtar --steps 0 --minutes 1.5 --corrupt 0.5 --jitter 0.4 --compile
-    python recipes/benchmark/capture.py runs/synthetic/mqmtar-asentmax-nape/seed-0 --length 32768 --out runs/captured.pt
+    python recipes/benchmark/capture.py runs/synthetic/mqmtar-asentmax-nape/seed0 --length 32768 --out runs/captured.pt
     python recipes/benchmark/attention.py --captured runs/captured.pt
 
 The tensors are those of one test sample in one layer, as the attention function gets them: queries carry ASEntmax's
