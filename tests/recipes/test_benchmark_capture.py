@@ -9,7 +9,7 @@ import torch
 from recipes.benchmark.capture import capture
 from recipes.synthetic import train
 
-SIZES = "--layers 2 --hidden 16 --heads 4 --head-dim 8 --ffn 32".split()
+SIZES = ["--layers", "2", "--hidden", "16", "--heads", "4", "--head-dim", "8", "--ffn", "32"]
 
 
 def test_captured_tensors_are_a_layers(tmp_path: Path) -> None:

@@ -37,5 +37,10 @@ def test_table_and_plot_come_from_the_results(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(sys, "argv", ["report", str(path)])
     attention_report.main()
     text = path.with_suffix(".md").read_text()
-    assert "1.00 / 3.00: 1.50x" in text and "| 1,024 | 64 | 1 x 16 | 20.0 |" in text and "a GPU" in text and "flex" not in text
+    assert (
+        "1.00 / 3.00: 1.50x" in text
+        and "| 1,024 | 64 | 1 x 16 | 20.0 |" in text
+        and "a GPU" in text
+        and "flex" not in text
+    )
     assert path.with_suffix(".png").stat().st_size > 1000
