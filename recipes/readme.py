@@ -126,8 +126,9 @@ def benchmark(content: dict[str, Any]) -> str:
             "## Speed",
             "Attention alone, forward and backward, bfloat16, causal: how many times faster ours is than each peer "
             "(below 1: slower), as replays of a CUDA graph and, in the last column, as calls from Python, where the "
-            "host's time counts. Softmax's SDPA has no ALiBi; FlexAttention has the same as ours. All numbers: "
-            "[attention.md](recipes/benchmark/attention.md).",
+            "host's time counts. SDPA runs without ALiBi everywhere"
+            + (", FlexAttention with the same ALiBi as ours" if "flex alibi" in peers else "")
+            + ". All numbers: [attention.md](recipes/benchmark/attention.md).",
             *(["![Time against length](recipes/benchmark/attention.png)"] if _has_curves(content) else []),
             markdown_table(columns, rows),
             origin(content),
