@@ -66,7 +66,7 @@ def decode_tiles(problem: Problem) -> DecodeTiles:
     tiles = 8 if q_len <= 4 else 4
     while tiles > 1 and groups * -(-kv_len // (keys * tiles)) < 6 * processors:
         tiles //= 2
-    parts = min(8, max(1, 2 * processors // (batch * heads * q_len)))
+    parts = min(8, max(1, 2 * processors // max(1, batch * heads * q_len)))
     values = 64 if problem.width <= 128 else 32
     return DecodeTiles(rows, keys, tiles, 4, stages, parts, values, 4)
 

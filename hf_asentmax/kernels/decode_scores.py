@@ -55,14 +55,16 @@ def _nearest_visible(masks, batch, head, rows, position, exists, kv_len, LEVELS:
         known = known & (tl.load(masks.key_valid + batch.to(tl.int64) * kv_len + position, mask=known, other=0) != 0)
     distance = tl.where(known, 0, _FAR)
     if masks.dense is not None:
-        offset = batch.to(tl.int64) * masks.dense_batch + head * masks.dense_head + rows.to(tl.int64) * masks.dense_row
+        offset = batch.to(tl.int64) * masks.dense_batch + head.to(tl.int64) * masks.dense_head
+        offset += rows.to(tl.int64) * masks.dense_row
         best = position * 0
         found = best != 0
         step = position * 0 + 64 ** (LEVELS - 1)
         for _ in tl.static_range(LEVELS):
             sample = best[:, None] + step[:, None] * tl.arange(0, 64)[None, :]
             inside = exists[:, None] & (sample < kv_len) & (sample <= position[:, None])
-            seen = tl.load(masks.dense + offset[:, None] + sample * masks.dense_key, mask=inside, other=0) != 0
+            places = offset[:, None] + sample.to(tl.int64) * masks.dense_key
+            seen = tl.load(masks.dense + places, mask=inside, other=0) != 0
             seen = seen & inside
             if masks.key_valid is not None:
                 valid = masks.key_valid + batch.to(tl.int64) * kv_len
@@ -102,7 +104,8 @@ def _visible_span(masks, batch, low, high, first_key, q_len, kv_len, Q: tl.const
     if masks.dense is not None:
         row = tl.arange(0, Q)
         pointers = masks.dense + batch.to(tl.int64) * masks.dense_batch
-        pointers = pointers + row.to(tl.int64)[:, None] * masks.dense_row + keys[None, :] * masks.dense_key
+        pointers = pointers + row.to(tl.int64)[:, None] * masks.dense_row
+        pointers = pointers + keys.to(tl.int64)[None, :] * masks.dense_key
         some = tl.load(pointers, mask=(row < q_len)[:, None] & seen[None, :], other=0) != 0
         seen = seen & (tl.max(some.to(tl.int32), 0) != 0)
     return tl.min(tl.where(seen, keys, _FAR), 0), tl.max(tl.where(seen, keys + 1, 0), 0)

@@ -111,8 +111,8 @@ def visible_pairs(masks, batch, head, rows, keys, start, stop, q_len, kv_len):
         valid = tl.load(masks.key_valid + batch.to(tl.int64) * kv_len + keys, mask=keys < kv_len, other=0)
         visible = visible & (valid != 0)
     if masks.dense is not None:
-        offset = batch.to(tl.int64) * masks.dense_batch + head * masks.dense_head
-        offset += rows.to(tl.int64) * masks.dense_row + keys * masks.dense_key
+        offset = batch.to(tl.int64) * masks.dense_batch + head.to(tl.int64) * masks.dense_head
+        offset += rows.to(tl.int64) * masks.dense_row + keys.to(tl.int64) * masks.dense_key
         visible = visible & (tl.load(masks.dense + offset, mask=visible & (rows < q_len), other=0) != 0)
     return visible
 

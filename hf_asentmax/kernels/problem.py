@@ -15,6 +15,9 @@ from .row_ranges import RowRanges
 
 __all__ = ["Problem", "on_device", "padded", "rows_of"]
 
+# Wider than any call is long; with a position added, it still fits into 32 bits.
+_LARGEST_WINDOW = 1 << 30
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -117,7 +120,7 @@ class Problem:
             strides = tuple(0 if size == 1 else step for size, step in zip(dense.shape, dense.stride(), strict=True))
         return Masks(
             causal=tl.constexpr(self.is_causal),
-            window=self.sliding_window,
+            window=None if self.sliding_window is None else min(self.sliding_window, _LARGEST_WINDOW),
             start=start,
             stop=stop,
             range_batch=0 if start is None or start.shape[0] == 1 else start.stride(0),

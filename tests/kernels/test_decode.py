@@ -238,6 +238,20 @@ def test_rows_without_keys_give_zeros_and_bad_numbers_show(device: str) -> None:
     assert output[:, :, 2].isnan().all()
 
 
+@pytest.mark.parametrize(("batch", "heads", "q_len"), [(0, 2, 1), (1, 0, 1), (1, 2, 0)])
+def test_nothing_in_nothing_out(batch: int, heads: int, q_len: int, device: str) -> None:
+    query = torch.ones(batch, heads, q_len, 16, device=device)
+    cache = torch.ones(batch, 1, 300, 16, device=device)
+    assert entmax_attention(query, cache, cache, backend="triton").shape == query.shape
+
+
+def test_a_window_wider_than_32_bits_count_hides_nothing(device: str) -> None:
+    query, key, value, _ = tensors(Case("wide window", q_len=2, kv_len=300, head_dim=16), device)
+    expected = entmax_attention(query, key, value, backend="triton")
+    for window in (2**31 - 1, 2**40):
+        assert torch.equal(entmax_attention(query, key, value, backend="triton", sliding_window=window), expected)
+
+
 def test_each_step_equals_the_full_forward(device: str) -> None:
     case = Case("steps", q_len=300, heads=4, kv_heads=2, head_dim=16, dtype=_F16, alibi=True)
     query, key, value, _ = tensors(case, device)

@@ -140,6 +140,25 @@ def test_one_compiled_graph_serves_many_lengths(device: str) -> None:
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("window", [2**31 - 1, 2**40])
+def test_a_window_wider_than_32_bits_count_hides_nothing(window: int, device: str) -> None:
+    query, key, value, _ = tensors(Case("window", q_len=40, head_dim=16), device)
+    expected = entmax_attention(query, key, value, backend="triton")
+    assert_close("output", entmax_attention(query, key, value, backend="triton", sliding_window=window), expected, 1e-6)
+
+
+def test_a_mask_of_more_than_2_to_31_elements(device: str) -> None:
+    """Only the pages of the storage that hold the heads' masks are ever touched."""
+    case = Case("large", q_len=4, kv_len=20, heads=3, head_dim=16, causal=False, mask="free_heads")
+    query, key, value, _ = tensors(case, device)
+    mask = options(case, device)["attention_mask"]
+    large = torch.empty(2**31 + 80, dtype=torch.bool, device=device).as_strided((1, 3, 4, 20), (1, 2**30, 20, 1))
+    large.copy_(mask)
+    expected = entmax_attention(query, key, value, backend="eager", is_causal=False, attention_mask=mask)
+    actual = entmax_attention(query, key, value, backend="triton", is_causal=False, attention_mask=large)
+    assert_close("output", actual, expected, 1e-5)
+
+
 def test_autocast_takes_its_type(device: str) -> None:
     query, key, value, _ = tensors(Case("autocast", q_len=20, head_dim=16), device)
     with torch.autocast(device, dtype=torch.float16):
