@@ -11,6 +11,7 @@ KERNELS = (
     "block_maxima_kernel",
     "candidates_kernel",
     "column_gradient_kernel",
+    "decode_flat_kernel",
     "decode_output_kernel",
     "decode_scores_kernel",
     "dense_forward_kernel",
