@@ -152,8 +152,12 @@ def keeps_weights(problem: Problem) -> bool:
 
 
 def list_capacity(problem: Problem, tiles: SparseTiles) -> int:
-    """Keys that the lists of a head have room for together."""
-    return problem.query.shape[2] * min(_KEYS_A_ROW, tiles.room)
+    """Keys that the lists of a head have room for together.
+
+    Programs draw their part in no particular order: where two runs must agree, there has to be room for all.
+    """
+    keys_a_row = tiles.room if torch.are_deterministic_algorithms_enabled() else min(_KEYS_A_ROW, tiles.room)
+    return problem.query.shape[2] * keys_a_row
 
 
 def sparse_forward(
