@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import torch
 
@@ -87,30 +88,15 @@ def entmax_attention_triton(
     from .decode_op import decode_attention, decodes
     from .op import attention
 
+    options: dict[str, Any] = {
+        "alpha": alpha,
+        "scale": scale,
+        "is_causal": is_causal,
+        "attention_mask": attention_mask,
+        "alibi_slopes": alibi_slopes,
+        "sliding_window": sliding_window,
+        "softcap": softcap,
+    }
     if decodes(query, key, value, cu_seqlens):
-        return decode_attention(
-            query,
-            key,
-            value,
-            alpha=alpha,
-            scale=scale,
-            is_causal=is_causal,
-            attention_mask=attention_mask,
-            alibi_slopes=alibi_slopes,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            key_norm_bound=key_norm_bound,
-        )
-    return attention(
-        query,
-        key,
-        value,
-        alpha=alpha,
-        scale=scale,
-        is_causal=is_causal,
-        attention_mask=attention_mask,
-        alibi_slopes=alibi_slopes,
-        cu_seqlens=cu_seqlens,
-        sliding_window=sliding_window,
-        softcap=softcap,
-    )
+        return decode_attention(query, key, value, key_norm_bound=key_norm_bound, **options)
+    return attention(query, key, value, cu_seqlens=cu_seqlens, **options)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .op import _new_rows, _problem
+from .op import _new_rows, _problem, as_autocast, needs_gradient
 from .row_ranges import RowRanges
 
 __all__ = ["DECODE_FROM", "MOST_DECODE_ROWS", "decode_attention", "decodes"]
@@ -18,9 +18,13 @@ DECODE_FROM = 256
 
 def decodes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor | None) -> bool:
     """Whether a call is one for the decoding kernels."""
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     q_len, kv_len = query.shape[2], key.shape[2]
-    return q_len <= MOST_DECODE_ROWS and kv_len > DECODE_FROM and cu_seqlens is None and not needs_grad
+    return (
+        q_len <= MOST_DECODE_ROWS
+        and kv_len > DECODE_FROM
+        and cu_seqlens is None
+        and not needs_gradient(query, key, value)
+    )
 
 
 _library = torch.library.Library("hf_asentmax", "FRAGMENT")
@@ -75,9 +79,7 @@ def decode_attention(
     key_norm_bound: torch.Tensor | None,
 ) -> torch.Tensor:
     """entmax_attention by the decoding kernels, where `decodes`; masks are read as they come, by the kernels."""
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = as_autocast(query, key, value)
     key_valid = dense_mask = slopes = bound = None
     if attention_mask is not None and attention_mask.ndim == 2:
         key_valid = attention_mask.contiguous()

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .device import entmax_norm, support_powers
+from .device import newton_step, support_powers
 from .sparse_scores import _scatter
 
 __all__ = ["decode_flat_kernel", "decode_output_kernel"]
@@ -30,9 +30,7 @@ _ENOUGH = tl.constexpr(2.0**-22)  # a smaller step of Newton's method is float32
 def _raised(tau, p, s, exponent: tl.constexpr):
     """Newton's step from the summands p and s of a tau that is at most the root; both sums are one reduction."""
     sum_p, sum_s = tl.split(tl.sum(tl.join(p, s), 0))
-    total = tl.where(sum_p > 0, sum_p, 1.0)
-    norm = entmax_norm(total, exponent)
-    step = (norm - 1.0) * total / (norm * tl.where(sum_s > 0, sum_s, 1.0))
+    _, step = newton_step(sum_p, sum_s, exponent)
     return tau + tl.where(sum_p > 0, tl.maximum(step, 0.0), 0.0)
 
 
@@ -115,6 +113,17 @@ def _scores(record, first, count, SIZE: tl.constexpr):
 
 
 @triton.jit
+def _add_powers(sum_p, sum_s, record, scores_at, count, tau, scoring, MANY: tl.constexpr):
+    """sum_p and sum_s (MANY,) with the summands of a list's `count` scores at tau."""
+    for first in range(0, count, MANY):
+        score = _scores(record, scores_at + first, count - first, MANY)
+        p, s = support_powers(tl.maximum(score - tau, 0.0), scoring.exponent)
+        sum_p += p
+        sum_s += s
+    return sum_p, sum_s
+
+
+@triton.jit
 def _solve(record, scores_at, count, tau, scoring, FEW: tl.constexpr, MANY: tl.constexpr, STEPS: tl.constexpr):
     """tau of a list's `count` scores, from a bound below it: mostly 1 to 3 steps."""
     moved = 1.0
@@ -131,11 +140,7 @@ def _solve(record, scores_at, count, tau, scoring, FEW: tl.constexpr, MANY: tl.c
             if moved > _ENOUGH:
                 sum_p = tl.zeros([MANY], tl.float32)
                 sum_s = tl.zeros([MANY], tl.float32)
-                for first in range(0, count, MANY):
-                    score = _scores(record, scores_at + first, count - first, MANY)
-                    p, s = support_powers(tl.maximum(score - tau, 0.0), scoring.exponent)
-                    sum_p += p
-                    sum_s += s
+                sum_p, sum_s = _add_powers(sum_p, sum_s, record, scores_at, count, tau, scoring, MANY)
                 raised = _raised(tau, sum_p, sum_s, scoring.exponent)
                 moved = (raised - tau) / (1.0 + tl.abs(tau))
                 tau = raised
@@ -163,11 +168,7 @@ def _solve_shares(
             for part in range(0, PARTS):
                 count = tl.load(words + workspace.state + 3 + part)
                 first_tile = tl.load(words + workspace.active + _share(active, part, PARTS))
-                for first in range(0, count, MANY):
-                    score = _scores(record, first_tile * BN + first, count - first, MANY)
-                    p, s = support_powers(tl.maximum(score - tau, 0.0), scoring.exponent)
-                    sum_p += p
-                    sum_s += s
+                sum_p, sum_s = _add_powers(sum_p, sum_s, record, first_tile * BN, count, tau, scoring, MANY)
             raised = _raised(tau, sum_p, sum_s, scoring.exponent)
             moved = (raised - tau) / (1.0 + tl.abs(tau))
             tau = raised

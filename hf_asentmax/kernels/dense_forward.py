@@ -25,6 +25,7 @@ from .device import (
     entmax_norm,
     excess_over,
     load_rows,
+    newton_step,
     products_to_scores,
     store_rows,
     support_powers,
@@ -173,18 +174,9 @@ def _output_pass(
 
 
 @triton.jit
-def _newton_step(total, slope_sum, exponent: tl.constexpr):
-    """(norm, step): the norm of r at tau, and the Newton step on it. Rows with total 0 do not move."""
-    some = total > 0
-    norm = entmax_norm(tl.where(some, total, 1.0), exponent)
-    step = (norm - 1.0) * total / (norm * tl.where(some, slope_sum, 1.0))
-    return tl.where(some, norm, 0.0), step
-
-
-@triton.jit
 def _closer_step(total, slope_sum, count, exponent: tl.constexpr):
     """(norm, step): for alpha = 1.5 the quadratic's root where it exists and the norm is near 1, else Newton's step."""
-    norm, step = _newton_step(total, slope_sum, exponent)
+    norm, step = newton_step(total, slope_sum, exponent)
     if exponent == 2.0:
         surplus = total - 1.0
         inside = slope_sum * slope_sum - count * surplus
@@ -199,7 +191,7 @@ def _subset_tau(score, share, tau, STEPS: tl.constexpr, exponent: tl.constexpr):
     """The tau at which these scores hold the mass `share`, from below (after the first step), by Newton's method."""
     for _ in tl.static_range(STEPS):
         p, s = support_powers(excess_over(score, tau[:, None]), exponent)
-        _, step = _newton_step(tl.sum(p, 1) / share, tl.sum(s, 1) / share, exponent)
+        _, step = newton_step(tl.sum(p, 1) / share, tl.sum(s, 1) / share, exponent)
         tau += step
     return tau
 

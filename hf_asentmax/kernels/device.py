@@ -21,6 +21,7 @@ __all__ = [
     "entmax_norm",
     "excess_over",
     "load_rows",
+    "newton_step",
     "products_to_scores",
     "score_derivative",
     "store_rows",
@@ -194,3 +195,12 @@ def entmax_norm(total, exponent: tl.constexpr):
     if exponent == 1.0:
         return total
     return tl.exp2(tl.log2(total) * (1.0 / exponent))
+
+
+@triton.jit
+def newton_step(total, slope_sum, exponent: tl.constexpr):
+    """(norm, step) from sum p and sum s: the norm of r at tau, and Newton's step on it. Where total is 0, both are."""
+    some = total > 0
+    norm = entmax_norm(tl.where(some, total, 1.0), exponent)
+    step = (norm - 1.0) * total / (norm * tl.where(some, slope_sum, 1.0))
+    return tl.where(some, norm, 0.0), step

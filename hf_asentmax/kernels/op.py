@@ -8,7 +8,7 @@ import torch
 
 from .row_ranges import RowRanges, row_ranges
 
-__all__ = ["attention"]
+__all__ = ["as_autocast", "attention", "needs_gradient"]
 
 
 def _problem(
@@ -40,13 +40,11 @@ def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _new_output(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, q_len, value_dim) with heads next to head_dim, as models merge them afterwards."""
-    return _new_rows(query, value).transpose(1, 2)
-
-
 def _new_rows(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """(batch, q_len, heads, value_dim): what the operator returns, no view, so that it may be changed in place."""
+    """(batch, q_len, heads, value_dim): what the operator returns, no view, so that it may be changed in place.
+
+    Heads are next to value_dim, as models merge them afterwards.
+    """
     batch, heads, q_len, _ = query.shape
     return query.new_empty(batch, q_len, heads, value.shape[3])
 
@@ -141,6 +139,19 @@ torch.library.register_fake("hf_asentmax::entmax_attention", _forward_of_shapes,
 torch.library.register_fake("hf_asentmax::entmax_attention_backward", _backward_of_shapes, lib=_library)
 
 
+def as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors in autocast's type, where autocast is on for their device."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+
+
+def needs_gradient(*tensors: torch.Tensor) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -156,13 +167,11 @@ def attention(
     softcap: float | None,
 ) -> torch.Tensor:
     """entmax_attention by the kernels; the arguments have been checked (see attention.entmax_attention)."""
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    query, key, value = as_autocast(query, key, value)
     ranges = row_ranges(query.shape[2], key.shape[2], attention_mask=attention_mask, cu_seqlens=cu_seqlens)
     slopes = None if alibi_slopes is None else alibi_slopes.detach().to(torch.float32).contiguous()
     options = (alpha, scale, is_causal, sliding_window, softcap)
-    for_backward = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    for_backward = needs_gradient(query, key, value)
     operator = torch.ops.hf_asentmax.entmax_attention.default
     output, _ = operator(query, key, value, slopes, *ranges, *options, for_backward)
     return output.transpose(1, 2)

@@ -1,4 +1,4 @@
-r"""Alpha-entmax attention for short rows, at most 512 keys: all scores of a block of rows stay in registers.
+r"""Alpha-entmax attention for short rows, at most 256 keys: all scores of a block of rows stay in registers.
 
 Newton's method on ||[u - tau]_+||_p = 1 (see dense_forward) starts at max u - 1, a rigorous lower bound, and runs to
 the precision of the output's type without touching memory. Up to 128 keys one program also holds all rows of a head,

@@ -63,7 +63,7 @@ class SparseTiles(NamedTuple):
     """Sizes of the tiles, and warps and registers a program, for one type and head_dim.
 
     Attributes:
-        rows: query rows a tile.
+        rows: query rows a tile; ROW_BLOCK where lists keep weights, so that a block's overflow is known in one launch.
         maxima_keys: keys a step of the first pass.
         block: keys a block maximum stands for, and a step of the second pass.
         maxima_warps, maxima_stages, maxima_registers: of the first pass; registers a thread, None for no limit.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import entmax_norm, load_rows, support_powers
+from .device import load_rows, newton_step, support_powers
 from .sparse_scores import LARGEST_BOUND
 
 __all__ = ["row_bounds_kernel"]
@@ -121,10 +121,7 @@ def row_bounds_kernel(
             p, s = support_powers(tl.maximum(_widened(largest, -1.0) - tau[None, :], 0.0), scoring.exponent)
             sum_p += p
             sum_s += s
-        total = tl.sum(sum_p, 0)
-        norm = entmax_norm(tl.where(total > 0, total, 1.0), scoring.exponent)
-        slope = tl.sum(sum_s, 0)
-        step = (norm - 1.0) * total / (norm * tl.where(slope > 0, slope, 1.0))
+        _, step = newton_step(tl.sum(sum_p, 0), tl.sum(sum_s, 0), scoring.exponent)
         tau += tl.maximum(step, 0.0)
 
     q = load_rows(query, batch, head, first_row, BM, q_len, True, D, HEAD_DIM).to(tl.float32)

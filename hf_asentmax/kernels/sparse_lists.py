@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import entmax_norm, support_powers
+from .device import newton_step, support_powers
 from .sparse_scores import LISTERS
 
 __all__ = ["expand_kernel", "gather_rows", "list_forward_kernel", "list_scores", "unpacked_entry"]
@@ -159,9 +159,8 @@ def _solve(scores, start, longest, exponent: tl.constexpr):
     while going:
         p, s = support_powers(tl.maximum(scores - tau[None, :, None], 0.0), exponent)
         total = _sum_keys(p)
-        norm = entmax_norm(tl.where(total > 0, total, 1.0), exponent)
-        slope_sum = _sum_keys(s)
-        step = tl.maximum((norm - 1.0) * total / (norm * tl.where(slope_sum > 0, slope_sum, 1.0)), 0.0)
+        _, step = newton_step(total, _sum_keys(s), exponent)
+        step = tl.maximum(step, 0.0)
         tau += tl.where(total > 0, step, 0.0)
         steps += 1
         going = (tl.max(step, 0) > 3e-7) & (steps < _MAX_STEPS)

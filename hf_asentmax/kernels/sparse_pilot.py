@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import entmax_norm, support_powers, visible_interval
+from .device import entmax_norm, newton_step, support_powers, visible_interval
 
 __all__ = ["SAMPLED_KEYS", "SAMPLED_ROWS", "pilot_kernel"]
 
@@ -59,8 +59,6 @@ def pilot_kernel(
             return
     rows = first_row + tl.arange(0, R) * (ROW_BLOCK // R)
     start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
-    start = tl.maximum(start, 0)
-    stop = tl.minimum(stop, kv_len)
     length = stop - start
     if tl.max(length, 0) <= ROOM:
         return
@@ -103,8 +101,8 @@ def pilot_kernel(
         hidden_p, hidden_s = support_powers(tl.maximum(highest - tau, 0.0), scoring.exponent)
         total = tl.sum(p, 1) * keys_for_one + hidden * hidden_p
         slope = tl.sum(s, 1) * keys_for_one + hidden * hidden_s
-        norm = entmax_norm(tl.where(total > 0, total, 1.0), scoring.exponent)
-        tau += tl.maximum((norm - 1.0) * total / (norm * tl.where(slope > 0, slope, 1.0)), 0.0)
+        _, step = newton_step(total, slope, scoring.exponent)
+        tau += tl.maximum(step, 0.0)
     count = tl.sum(tl.where(score > tau[:, None], 1.0, 0.0), 1)
     votes = votes & (count >= _ENOUGH_KEYS) & (count * keys_for_one > ROOM)
     for_dense = tl.sum(votes.to(tl.float32), 0)

@@ -232,8 +232,6 @@ def block_maxima_kernel(
         return
     rows = first_row + index
     start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
-    start = tl.maximum(start, 0)
-    stop = tl.minimum(stop, kv_len)
     sees = start < stop
     low = tl.min(tl.where(sees, start, kv_len), 0)
     high = tl.max(tl.where(sees, stop, 0), 0)
