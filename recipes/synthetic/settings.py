@@ -61,6 +61,8 @@ class RunSettings:
             raise ValueError(f"schedule must be linear or cosine, got {self.schedule!r}")
         if self.alpha_start is not None and self.method not in ("entmax", "asentmax"):
             raise ValueError(f"alpha-start is for entmax and asentmax, got method {self.method!r}")
+        if self.alpha_stairs < 1:
+            raise ValueError(f"alpha-stairs must be at least 1, got {self.alpha_stairs}")
 
     def alpha_at(self, progress: float, last: float) -> float:
         """alpha at a part of the run, on its way to `last`."""

@@ -1,4 +1,4 @@
-"""Tensors of a trained model for the attention benchmark: what the file holds attends as the model did."""
+"""Tensors of a trained model for the attention benchmark: those of the layer asked for, with its slopes."""
 
 from __future__ import annotations
 
