@@ -131,7 +131,9 @@ def decode(
         "num_stages": 1,
     }
     with on_device(problem.query):
-        decode_scores_kernel[(batch * kv_heads * row_tiles * splits,)](
+        problem.launch(
+            decode_scores_kernel,
+            batch * kv_heads * row_tiles * splits,
             rows_of(problem.query),
             rows_of(problem.key),
             workspace,
@@ -157,7 +159,9 @@ def decode(
         )
         arguments = (rows_of(problem.value), rows_of(output), workspace, problem.scoring, heads, kv_heads, q_len)
         programs = problem.groups * q_len * sizes.parts
-        decode_output_kernel[(programs,)](
+        problem.launch(
+            decode_output_kernel,
+            programs,
             *arguments,
             kv_len,
             tiles,
@@ -173,6 +177,13 @@ def decode(
             **launch,
         )
         if tiles > _SHORT_TILES:
-            decode_flat_kernel[(programs,)](
-                *arguments, MANY=2048, CV=2 * sizes.values, num_warps=2 * sizes.output_warps, **sums, **launch
+            problem.launch(
+                decode_flat_kernel,
+                programs,
+                *arguments,
+                MANY=2048,
+                CV=2 * sizes.values,
+                num_warps=2 * sizes.output_warps,
+                **sums,
+                **launch,
             )

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .launching import Launcher, signature_of
 from .op import _new_rows, _problem, as_autocast, needs_gradient
 from .row_ranges import RowRanges
 
@@ -50,9 +51,12 @@ def _decode(
     from .decode_launch import decode
 
     ranges = RowRanges(None, None, key_valid, None, dense_mask)
-    problem = _problem(query, key, value, slopes, ranges, *options)
+    tensors = (query, key, value, slopes, key_valid, dense_mask, key_norm_bound)
+    launch = Launcher(signature_of("decode", tensors, options))
+    problem = _problem(query, key, value, slopes, ranges, *options, launch=launch)
     rows = _new_rows(query, value)
     decode(problem, rows.transpose(1, 2), key_norm_bound)
+    launch.done()
     return rows
 
 

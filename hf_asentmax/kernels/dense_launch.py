@@ -78,7 +78,9 @@ def largest_key_norms(problem: Problem) -> torch.Tensor:
     block = 128
     norms = key.new_empty(batch * kv_heads, _blocks(kv_len, block), dtype=torch.float32)
     with on_device(key):
-        key_norm_kernel[(norms.numel(),)](rows_of(key), norms, kv_heads, kv_len, padded(head_dim), head_dim, block)
+        problem.launch(
+            key_norm_kernel, norms.numel(), rows_of(key), norms, kv_heads, kv_len, padded(head_dim), head_dim, block
+        )
     return norms.amax(dim=1)
 
 
@@ -87,7 +89,9 @@ def _short_forward(problem: Problem, output: torch.Tensor, state: DenseState) ->
     rows = short_rows(problem)
     kv_len = problem.key.shape[2]
     width = padded(kv_len)
-    short_forward_kernel[(problem.groups * _blocks(problem.query.shape[2], rows),)](
+    problem.launch(
+        short_forward_kernel,
+        problem.groups * _blocks(problem.query.shape[2], rows),
         rows_of(problem.query),
         rows_of(problem.key),
         rows_of(problem.value),
@@ -134,7 +138,9 @@ def dense_forward(
     if largest_key is None and problem.slopes is not None:
         largest_key = largest_key_norms(problem)
     with on_device(problem.query):
-        dense_forward_kernel[(problem.groups * _blocks(problem.query.shape[2], tiles.rows),)](
+        problem.launch(
+            dense_forward_kernel,
+            problem.groups * _blocks(problem.query.shape[2], tiles.rows),
             rows_of(problem.query),
             rows_of(problem.key),
             rows_of(problem.value),
@@ -173,7 +179,9 @@ def _single_backward(
     value_grad: torch.Tensor,
 ) -> None:
     inputs = (rows_of(problem.query), rows_of(problem.key), rows_of(problem.value), rows_of(grad), state.tau)
-    short_backward_kernel[(problem.key.shape[0] * problem.key.shape[1],)](
+    problem.launch(
+        short_backward_kernel,
+        problem.key.shape[0] * problem.key.shape[1],
         *inputs,
         rows_of(query_grad),
         rows_of(key_grad),
@@ -218,7 +226,9 @@ def dense_backward(
     with on_device(grad):
         tiles = query_gradient_tiles(problem)
         programs = batch * heads * _blocks(q_len, tiles.rows)
-        query_gradient_kernel[(programs,)](
+        problem.launch(
+            query_gradient_kernel,
+            programs,
             *inputs,
             rows_of(state.mean_value),
             rows_of(query_grad),
@@ -238,7 +248,9 @@ def dense_backward(
         )
         tiles = key_gradient_tiles(problem)
         programs = batch * kv_heads * _blocks(kv_len, tiles.keys)
-        key_gradient_kernel[(programs,)](
+        problem.launch(
+            key_gradient_kernel,
+            programs,
             *inputs,
             rows_of(key_grad),
             rows_of(value_grad),

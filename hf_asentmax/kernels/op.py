@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from .launching import Launcher, signature_of
 from .row_ranges import RowRanges, row_ranges
 
 __all__ = ["as_autocast", "attention", "needs_gradient"]
@@ -23,12 +24,15 @@ def _problem(
     sliding_window: int | None,
     softcap: float | None,
     for_backward: bool = True,
+    *,
+    launch: Launcher | None = None,
 ) -> Any:
     from .problem import Problem
 
     query, key, value = (_unit_stride(tensor) for tensor in (query, key, value))
     ranges = ranges._replace(key_valid=_as_bytes(ranges.key_valid), dense_mask=_as_bytes(ranges.dense_mask))
-    return Problem(query, key, value, alpha, scale, is_causal, sliding_window, softcap, slopes, ranges, for_backward)
+    options = (alpha, scale, is_causal, sliding_window, softcap)
+    return Problem(query, key, value, *options, slopes, ranges, for_backward, launch or Launcher())
 
 
 def _as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -72,9 +76,12 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     from .regimes import forward
 
     query, key, value, slopes, *ranges = arguments[:_INPUTS]
-    problem = _problem(query, key, value, slopes, RowRanges(*ranges), *arguments[_INPUTS:])
+    launch = Launcher(signature_of("forward", arguments[:_INPUTS], arguments[_INPUTS:]))
+    problem = _problem(query, key, value, slopes, RowRanges(*ranges), *arguments[_INPUTS:], launch=launch)
     output = _new_rows(query, value)
-    return output, list(forward(problem, output.transpose(1, 2)))
+    state = forward(problem, output.transpose(1, 2))
+    launch.done()
+    return output, list(state)
 
 
 def _forward_of_shapes(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -91,8 +98,11 @@ def _backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.
 
     query, key, value, slopes, *ranges = arguments[:_INPUTS]
     state, *options = arguments[_INPUTS:]
-    problem = _problem(query, key, value, slopes, RowRanges(*ranges), *options)
-    return backward(problem, State(*state), _unit_stride(grad).transpose(1, 2))
+    launch = Launcher(signature_of("backward", (grad, *arguments[:_INPUTS], *state), options))
+    problem = _problem(query, key, value, slopes, RowRanges(*ranges), *options, launch=launch)
+    grads = backward(problem, State(*state), _unit_stride(grad).transpose(1, 2))
+    launch.done()
+    return grads
 
 
 def _backward_of_shapes(_: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:

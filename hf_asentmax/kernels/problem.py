@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 import triton.language as tl
 
 from .device import Masks, Rows, Scoring
+from .launching import Launcher
 from .row_ranges import RowRanges
 
 __all__ = ["Problem", "on_device", "padded", "rows_of"]
@@ -30,6 +31,7 @@ class Problem:
         slopes: (heads,) float32, or None.
         ranges: padding, packing and a free mask.
         for_backward: a backward pass may follow.
+        launch: how the call launches its kernels.
     """
 
     query: torch.Tensor
@@ -43,6 +45,7 @@ class Problem:
     slopes: torch.Tensor | None
     ranges: RowRanges
     for_backward: bool = True
+    launch: Launcher = field(default_factory=Launcher)
 
     @cached_property
     def width(self) -> int:

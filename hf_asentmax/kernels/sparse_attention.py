@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 
 from .problem import Problem, on_device, rows_of
 from .sparse_backward import column_gradient_kernel, fixed_to_float_kernel, list_backward_kernel
@@ -196,11 +195,11 @@ def sparse_forward(
     packed = mean_value is not None and keeps_weights(problem)
     columns = (problem.key.shape[0] * problem.key.shape[1], kv_len) if packed else (0,)
     column_counts = torch.zeros(columns, dtype=torch.int32, device=device)
-    overflow = torch.zeros((groups, triton.cdiv(q_len, ROW_BLOCK)), dtype=torch.uint8, device=device)
+    overflow = torch.zeros((groups, -(-q_len // ROW_BLOCK)), dtype=torch.uint8, device=device)
 
     maxima_type = torch.float32 if query.dtype == torch.float32 else torch.bfloat16
-    blocks = triton.cdiv(kv_len, tiles.maxima_keys) * (tiles.maxima_keys // tiles.block)
-    all_tiles = groups * triton.cdiv(q_len, tiles.rows)
+    blocks = -(-kv_len // tiles.maxima_keys) * (tiles.maxima_keys // tiles.block)
+    all_tiles = groups * -(-q_len // tiles.rows)
     tile_bytes = tiles.rows * (blocks * maxima_type.itemsize + tiles.words * 4) + blocks * 4
     at_once = max(1, min(all_tiles, _WORKSPACE_BYTES // tile_bytes))
     maxima = torch.empty((at_once, blocks, tiles.rows), dtype=maxima_type, device=device)
@@ -218,7 +217,8 @@ def sparse_forward(
     dims = {name: constants[name] for name in ("D", "HEAD_DIM")}
     value_dims = {name: constants[name] for name in ("DV", "VALUE_DIM")}
     with on_device(query):
-        pilot_kernel[(overflow.numel(),)](
+        problem.launch(
+            pilot_kernel, overflow.numel(),
             q, k, largest_key, overflow, masks, scoring, **lengths, ROOM=tiles.room, ROW_BLOCK=ROW_BLOCK,
             R=SAMPLED_ROWS, SAMPLE=SAMPLED_KEYS, **dims, PRECISION=constants["PRECISION"],
             num_warps=1 if query.itemsize == 2 and dims["D"] <= 64 else 4,
@@ -226,28 +226,33 @@ def sparse_forward(
         for first in range(0, all_tiles, at_once):
             count = min(at_once, all_tiles - first)
             common = {**lengths, "first_tile": first, "BM": tiles.rows}
-            block_maxima_kernel[(count,)](
+            problem.launch(
+                block_maxima_kernel, count,
                 q, k, maxima, tops, spans, largest_key, overflow, masks, scoring, **common, blocks=blocks,
                 BN=tiles.maxima_keys, BLOCK=tiles.block, ROW_BLOCK=ROW_BLOCK, **dims,
                 PRECISION=constants["PRECISION"],
                 num_warps=tiles.maxima_warps, num_stages=tiles.maxima_stages, maxnreg=tiles.maxima_registers,
             )  # fmt: skip
-            row_bounds_kernel[(count,)](
+            problem.launch(
+                row_bounds_kernel, count,
                 q, maxima, tops, spans, largest_key, scoring, bounds, active, active_counts, overflow,
                 **common, blocks=blocks, STEPS=tiles.steps, ROOM=tiles.words, LIST_ROOM=tiles.room,
                 ROW_BLOCK=ROW_BLOCK, UNIT=tiles.bound_unit, **dims, num_warps=tiles.bound_warps,
             )  # fmt: skip
-            candidates_kernel[(count,)](
+            problem.launch(
+                candidates_kernel, count,
                 q, k, bounds, active, active_counts, entries, entry_counts, masks, scoring, **common, blocks=blocks,
                 BLOCK=tiles.block, ROOM=tiles.words, **dims, PRECISION=constants["PRECISION"],
                 num_warps=tiles.candidate_warps, num_stages=tiles.candidate_stages, maxnreg=tiles.candidate_registers,
             )  # fmt: skip
-            expand_kernel[(count * (tiles.rows // tiles.expand_rows),)](
+            problem.launch(
+                expand_kernel, count * (tiles.rows // tiles.expand_rows),
                 entries, entry_counts, listed, offsets, counts, used, overflow, q_len, capacity, first,
                 ROOM=tiles.words, LIST_ROOM=tiles.room, CHUNK=32, ROW_BLOCK=ROW_BLOCK, BM=tiles.rows,
                 R=tiles.expand_rows, num_warps=tiles.expand_warps,
             )  # fmt: skip
-            list_forward_kernel[(count * (tiles.rows // tiles.list_rows),)](
+            problem.launch(
+                list_forward_kernel, count * (tiles.rows // tiles.list_rows),
                 q, k, v, out, mean, tau, bounds, listed, offsets, counts, column_counts if packed else None, overflow,
                 scoring, **common, capacity=capacity, LIST_ROOM=tiles.room, CHUNK=tiles.list_chunk, R=tiles.list_rows,
                 ROW_BLOCK=ROW_BLOCK, PACK=packed, **dims, **value_dims,
@@ -302,7 +307,8 @@ def sparse_backward(
         keys, values = (torch.zeros(t.shape, dtype=dtype, device=grad.device) for t in (problem.key, problem.value))
     q, do = rows_of(query), rows_of(grad)
     with on_device(query):
-        list_backward_kernel[(problem.groups * triton.cdiv(query.shape[2], tiles.grad_rows),)](
+        problem.launch(
+            list_backward_kernel, problem.groups * -(-query.shape[2] // tiles.grad_rows),
             q, rows_of(problem.key), rows_of(problem.value), do, rows_of(mean_value), rows_of(query_grad),
             keys, values, units, cursors, records, tau, lists.listed, lists.offsets, lists.counts, lists.overflow,
             problem.scoring, problem.scale, **problem.lengths, capacity=capacity,
@@ -310,7 +316,8 @@ def sparse_backward(
             **dims, num_warps=tiles.grad_warps, maxnreg=tiles.grad_registers,
         )  # fmt: skip
         if by_columns:
-            column_gradient_kernel[(kv_groups * triton.cdiv(kv_len, tiles.column_keys),)](
+            problem.launch(
+                column_gradient_kernel, kv_groups * -(-kv_len // tiles.column_keys),
                 q, do, rows_of(key_grad), rows_of(value_grad), cursors, lists.column_counts, records, problem.scale,
                 **problem.lengths, capacity=capacity,
                 CHUNK=tiles.column_chunk, KEYS=tiles.column_keys, GROUPED=members > 1, **dims, num_warps=1,
@@ -320,8 +327,15 @@ def sparse_backward(
         for which, (sums, result) in enumerate(((keys, key_grad), (values, value_grad))):
             if units is not None:
                 exact = torch.empty_like(sums, dtype=torch.float32)
-                fixed_to_float_kernel[(triton.cdiv(sums.numel(), 1024),)](
-                    sums, exact, units, which, sums.numel(), BLOCK=1024
+                problem.launch(
+                    fixed_to_float_kernel,
+                    -(-sums.numel() // 1024),
+                    sums,
+                    exact,
+                    units,
+                    which,
+                    sums.numel(),
+                    BLOCK=1024,
                 )
                 sums = exact
             result.copy_(sums)

@@ -39,36 +39,41 @@ def compile_only(function: JITFunction, grid: Any) -> Any:
     return launch
 
 
-driver.set_active(TargetOnly())
-JITFunction.__getitem__ = compile_only
-for length, head_dim, dtype, alibi in (
-    (6200, 64, torch.bfloat16, False),
-    (6200, 128, torch.bfloat16, True),
-    (100, 32, torch.bfloat16, False),
-    (200, 64, torch.float16, False),
-):
-    inputs = [torch.randn(1, 2, length, head_dim, dtype=dtype).requires_grad_() for _ in range(3)]
-    slopes = torch.tensor([1.0, 0.0]) if alibi else None
-    entmax_attention_triton(*inputs, alpha=1.5, scale=0.1, is_causal=True, alibi_slopes=slopes).sum().backward()
-with torch.no_grad():  # the same kernels, which keep nothing for a backward pass
-    alone = torch.randn(1, 2, 6200, 64, dtype=torch.bfloat16)
-    entmax_attention_triton(alone, alone, alone, alpha=1.5, scale=0.1, is_causal=True)
+def main() -> None:
+    driver.set_active(TargetOnly())
+    JITFunction.__getitem__ = compile_only
+    for length, head_dim, dtype, alibi in (
+        (6200, 64, torch.bfloat16, False),
+        (6200, 128, torch.bfloat16, True),
+        (100, 32, torch.bfloat16, False),
+        (200, 64, torch.float16, False),
+    ):
+        inputs = [torch.randn(1, 2, length, head_dim, dtype=dtype).requires_grad_() for _ in range(3)]
+        slopes = torch.tensor([1.0, 0.0]) if alibi else None
+        entmax_attention_triton(*inputs, alpha=1.5, scale=0.1, is_causal=True, alibi_slopes=slopes).sum().backward()
+    with torch.no_grad():  # the same kernels, which keep nothing for a backward pass
+        alone = torch.randn(1, 2, 6200, 64, dtype=torch.bfloat16)
+        entmax_attention_triton(alone, alone, alone, alpha=1.5, scale=0.1, is_causal=True)
 
-decode_launch._overlaps = lambda device: True  # as on the GPU that this compiles for
-for head_dim, heads, kv_heads, kv_len, alibi, mask in (
-    (128, 8, 2, 131072, False, None),
-    (128, 8, 2, 32768, True, (1, 1, 1, 32768)),
-    (64, 4, 4, 3000, False, (1, 3000)),
-):
-    query = torch.randn(1, heads, 1, head_dim, dtype=torch.bfloat16)
-    cache = torch.randn(1, kv_heads, kv_len, head_dim, dtype=torch.bfloat16)
-    entmax_attention_triton(
-        query,
-        cache,
-        cache,
-        alpha=1.5,
-        scale=0.1,
-        is_causal=mask is None or len(mask) == 2,
-        alibi_slopes=torch.ones(heads) if alibi else None,
-        attention_mask=None if mask is None else torch.ones(mask, dtype=torch.bool),
-    )
+    decode_launch._overlaps = lambda device: True  # as on the GPU that this compiles for
+    for head_dim, heads, kv_heads, kv_len, alibi, mask in (
+        (128, 8, 2, 131072, False, None),
+        (128, 8, 2, 32768, True, (1, 1, 1, 32768)),
+        (64, 4, 4, 3000, False, (1, 3000)),
+    ):
+        query = torch.randn(1, heads, 1, head_dim, dtype=torch.bfloat16)
+        cache = torch.randn(1, kv_heads, kv_len, head_dim, dtype=torch.bfloat16)
+        entmax_attention_triton(
+            query,
+            cache,
+            cache,
+            alpha=1.5,
+            scale=0.1,
+            is_causal=mask is None or len(mask) == 2,
+            alibi_slopes=torch.ones(heads) if alibi else None,
+            attention_mask=None if mask is None else torch.ones(mask, dtype=torch.bool),
+        )
+
+
+if __name__ == "__main__":
+    main()

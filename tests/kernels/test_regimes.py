@@ -61,7 +61,7 @@ def test_both_regimes_in_one_call(device: str, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_backward_pass_follows_the_forward_pass(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another choice in between changes nothing: what the forward pass kept decides."""
-    from hf_asentmax.kernels import regimes
+    from hf_asentmax.kernels import launching, regimes
 
     monkeypatch.setattr(regimes, "SPARSE_FROM", 128)
     *inputs, grad = mixed(Case("mixed", q_len=256, kv_len=290, heads=1, head_dim=16), device)
@@ -71,6 +71,7 @@ def test_the_backward_pass_follows_the_forward_pass(device: str, monkeypatch: py
     monkeypatch.setattr(regimes, "SPARSE_FROM", 1024)
     for name, mine, wanted in zip(("dq", "dk", "dv"), torch.autograd.grad(on, leaves, grad), expected, strict=True):
         assert_close(name, mine, wanted, 1e-6)
+    launching.forget()
     off = entmax_attention(*leaves, backend="triton")
     monkeypatch.setattr(regimes, "SPARSE_FROM", 128)
     for name, mine, wanted in zip(("dq", "dk", "dv"), torch.autograd.grad(off, leaves, grad), expected, strict=True):
