@@ -31,24 +31,31 @@ def corrupted_answers(batch: Batch, task: Task, probability: float, generator: t
 
 
 class ScoreJitter:
-    """A random factor in [low, 1] for each sample, on the scores of all heads without ALiBi, in training.
+    """Random factors for each sample on the scores of all heads without ALiBi, in training.
 
-    Scores are linear in the query, so the factor goes on what each layer's query projection gives: one place for every
-    method, whatever its length scaling.
+    A score is a sum over channels, q_c k_c, and all of it is multiplied by a factor in [low, 1], and each channel's
+    part left out with probability `drop`, the same ones for all rows of a sample. Right keys then have to win by much,
+    and by many channels. Scores are linear in the query, so this is done to what each layer's query projection gives:
+    one place for every method, whatever its length scaling.
 
     Args:
         model: a model of this recipe.
         low: the smallest factor, above 0; 1 for none.
         alibi_heads: how many heads, from the first, are left alone.
+        drop: probability with which a channel is left out; 0 for none.
     """
 
-    def __init__(self, model: PreTrainedModel, low: float, alibi_heads: int) -> None:
+    def __init__(self, model: PreTrainedModel, low: float, alibi_heads: int, drop: float = 0.0) -> None:
         if not 0 < low <= 1:
             raise ValueError(f"the smallest factor must lie above 0 and be at most 1, got {low}")
-        self.low = low
+        if not 0 <= drop < 1:
+            raise ValueError(f"the probability of leaving a channel out must be at least 0 and below 1, got {drop}")
+        self.low, self.drop = low, drop
+        width = model.config.num_attention_heads * model.config.head_dim
         self._unscaled = alibi_heads * model.config.head_dim
+        self._channels = width - self._unscaled
         self._factor: torch.Tensor | None = None
-        if low < 1:
+        if low < 1 or drop > 0:
             for layer in model.model.layers:
                 layer.self_attn.q_proj.register_forward_hook(self._scale)
 
@@ -56,6 +63,9 @@ class ScoreJitter:
         """New factors for the next batch of `size` samples."""
         uniform = torch.rand((size, 1, 1), generator=generator, device=generator.device)
         self._factor = self.low + (1 - self.low) * uniform
+        if self.drop > 0:
+            kept = torch.rand((size, 1, self._channels), generator=generator, device=generator.device) >= self.drop
+            self._factor = self._factor * kept
 
     def lowest(self, size: int, device: torch.device) -> None:
         """The smallest factor for each of `size` samples: the hardest view of them."""

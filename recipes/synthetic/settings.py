@@ -33,6 +33,9 @@ class RunSettings:
         0.0, "probability with which an answer token, as an input in training, becomes a random letter"
     )
     jitter: float = flag(1.0, "scores of heads without ALiBi times a factor in [jitter, 1] per sample in training")
+    channel_drop: float = flag(
+        0.0, "probability with which a channel is left out of the scores of heads without ALiBi, per sample in training"
+    )
     hard_candidates: int = flag(1, "train on the hardest `batch` of this many times as many samples, by their loss")
     hard_from: float = flag(0.5, "part of the run after which the hardest are chosen")
     alpha: float | None = flag(None, "entmax's alpha, in place of the method's")

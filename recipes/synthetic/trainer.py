@@ -52,7 +52,7 @@ class Trainer:
         if settings.bf16_weights:
             self.model.to(torch.bfloat16)  # type: ignore[arg-type]
         alibi_heads = {"nape": task.heads // 2, "alibi": task.heads}.get(settings.positions, 0)
-        self.jitter = ScoreJitter(self.model, settings.jitter, alibi_heads)
+        self.jitter = ScoreJitter(self.model, settings.jitter, alibi_heads, settings.channel_drop)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(
             hf_asentmax.parameter_groups(self.model, settings.weight_decay),
@@ -176,9 +176,6 @@ class Trainer:
             hf_asentmax.set_alpha(self.model, alpha)
             self.alpha = alpha
         batch = self._next_batch(progress)
-        self.tokens += batch.inputs.shape[0] * batch.inputs.shape[1]
-        if settings.compile:
-            batch = batch.padded(*self.task.padded_shape())
         self.jitter.draw(len(batch), self.data)
         loss = self._losses(batch, "mean")
         for group in self.optimizer.param_groups:
@@ -194,6 +191,9 @@ class Trainer:
         choosing = settings.hard_candidates > 1 and progress >= settings.hard_from
         size = settings.batch * (settings.hard_candidates if choosing else 1)
         batch = self.task.training_batch(size, self.data, self.shapes, progress)
+        self.tokens += settings.batch * batch.inputs.shape[1]
+        if settings.compile:
+            batch = batch.padded(*self.task.padded_shape())
         if choosing:
             self.jitter.lowest(settings.batch, self.device)
             batch = hardest(batch, settings.batch, lambda part: self._losses(part, "none").sum(dim=1))

@@ -183,6 +183,22 @@ def test_jitter_draws_one_factor_a_sample() -> None:
     assert 0.5 <= float(factor.min()) < 0.51 and 0.99 < float(factor.max()) <= 1.0
 
 
+def test_channels_are_left_out_sample_by_sample() -> None:
+    jitter = ScoreJitter(build_model(SMALL, "entmax", "nape"), 1.0, 2, drop=0.25)
+    jitter.draw(1000, torch.Generator().manual_seed(0))
+    factor = jitter._factor
+    channels = (SMALL.heads - 2) * SMALL.head_dim
+    assert factor is not None and factor.shape == (1000, 1, channels)
+    assert set(factor.unique().tolist()) == {0.0, 1.0} and 0.74 < float(factor.mean()) < 0.76
+    model = build_model(SMALL, "entmax", "nape").train()
+    batch = SMALL.test_batch(2, 64, torch.Generator().manual_seed(0))
+    plain = outputs_at(model, batch)
+    ScoreJitter(model, 1.0, 2, drop=0.5).draw(2, torch.Generator().manual_seed(0))
+    assert not torch.equal(outputs_at(model, batch), plain)
+    with pytest.raises(ValueError, match="below 1, got 1.0"):
+        ScoreJitter(model, 1.0, 2, drop=1.0)
+
+
 def test_hardest_keeps_the_largest_losses() -> None:
     batch = SMALL.test_batch(12, 64, torch.Generator().manual_seed(0))
 
@@ -223,8 +239,8 @@ def trained(folder: Path, task: Task, settings: RunSettings, stops: bool = False
 def test_resuming_is_exact(tmp_path: Path) -> None:
     task = replace(SMALL, near_misses_end=1.0, one_letter_end=0.3, min_queries=1, max_queries=5)
     settings = RunSettings(
-        steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, hard_candidates=2, warmup=3, validations=2,
-        validate_multiple=1, validate_samples=4, alpha_start=1.1, alpha_until=0.6,
+        steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, channel_drop=0.1, hard_candidates=2, warmup=3,
+        validations=2, validate_multiple=1, validate_samples=4, alpha_start=1.1, alpha_until=0.6,
     )  # fmt: skip
     straight, resumed = trained(tmp_path / "a", task, settings), trained(tmp_path / "b", task, settings, stops=True)
     assert len(straight.log) == 3 and len(straight.validations) == 2
