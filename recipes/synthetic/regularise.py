@@ -31,53 +31,74 @@ def corrupted_answers(batch: Batch, task: Task, probability: float, generator: t
 
 
 class ScoreJitter:
-    """Random factors for each sample on the scores of all heads without ALiBi, in training.
+    """Random changes of the scores q k of all heads without ALiBi, in training: right keys have to win by much.
 
-    A score is a sum over channels, q_c k_c, and all of it is multiplied by a factor in [low, 1], and each channel's
-    part left out with probability `drop`, the same ones for all rows of a sample. Right keys then have to win by much,
-    and by many channels. Scores are linear in the query, so this is done to what each layer's query projection gives:
-    one place for every method, whatever its length scaling.
+    All scores of a sample are multiplied by one factor in [low, 1]; each channel's part q_c k_c is left out with
+    probability `drop`, the same channels in all rows of a sample; and each key gets normal noise of `noise` times its
+    root mean square. Scores are linear in queries and keys, so this is done to what each layer's projections give: one
+    place for every method, whatever its length scaling.
 
     Args:
         model: a model of this recipe.
         low: the smallest factor, above 0; 1 for none.
         alibi_heads: how many heads, from the first, are left alone.
         drop: probability with which a channel is left out; 0 for none.
+        noise: size of the keys' noise; 0 for none.
     """
 
-    def __init__(self, model: PreTrainedModel, low: float, alibi_heads: int, drop: float = 0.0) -> None:
+    def __init__(
+        self, model: PreTrainedModel, low: float, alibi_heads: int, drop: float = 0.0, noise: float = 0.0
+    ) -> None:
         if not 0 < low <= 1:
             raise ValueError(f"the smallest factor must lie above 0 and be at most 1, got {low}")
         if not 0 <= drop < 1:
             raise ValueError(f"the probability of leaving a channel out must be at least 0 and below 1, got {drop}")
-        self.low, self.drop = low, drop
+        if noise < 0:
+            raise ValueError(f"the size of the keys' noise must be at least 0, got {noise}")
+        self.low, self.drop, self.noise = low, drop, noise
         width = model.config.num_attention_heads * model.config.head_dim
-        self._unscaled = alibi_heads * model.config.head_dim
-        self._channels = width - self._unscaled
+        self._head_dim = model.config.head_dim
+        self._unchanged = alibi_heads * self._head_dim
+        self._channels = width - self._unchanged
         self._factor: torch.Tensor | None = None
-        if low < 1 or drop > 0:
-            for layer in model.model.layers:
-                layer.self_attn.q_proj.register_forward_hook(self._scale)
+        self._added: torch.Tensor | None = None
+        for layer in model.model.layers:
+            if low < 1 or drop > 0:
+                layer.self_attn.q_proj.register_forward_hook(self._scaled)
+            if noise > 0:
+                layer.self_attn.k_proj.register_forward_hook(self._noisy)
 
-    def draw(self, size: int, generator: torch.Generator) -> None:
-        """New factors for the next batch of `size` samples."""
-        uniform = torch.rand((size, 1, 1), generator=generator, device=generator.device)
+    def draw(self, size: int, length: int, generator: torch.Generator) -> None:
+        """New factors and noise for the next batch, of `size` samples and `length` positions."""
+        device = generator.device
+        uniform = torch.rand((size, 1, 1), generator=generator, device=device)
         self._factor = self.low + (1 - self.low) * uniform
         if self.drop > 0:
-            kept = torch.rand((size, 1, self._channels), generator=generator, device=generator.device) >= self.drop
+            kept = torch.rand((size, 1, self._channels), generator=generator, device=device) >= self.drop
             self._factor = self._factor * kept
+        if self.noise > 0:
+            self._added = self.noise * torch.randn((size, length, self._channels), generator=generator, device=device)
 
     def lowest(self, size: int, device: torch.device) -> None:
-        """The smallest factor for each of `size` samples: the hardest view of them."""
+        """The smallest factor for each of `size` samples, without noise: one hard view for all of them."""
         self._factor = torch.full((size, 1, 1), self.low, device=device)
+        self._added = None
 
-    def _scale(
+    def _scaled(
         self, projection: nn.Module, inputs: tuple[torch.Tensor, ...], query: torch.Tensor
     ) -> torch.Tensor | None:
         if not projection.training or self._factor is None:
             return None
-        scaled = (query[..., self._unscaled :] * self._factor).to(query.dtype)
-        return torch.cat([query[..., : self._unscaled], scaled], dim=-1)
+        changed = (query[..., self._unchanged :] * self._factor).to(query.dtype)
+        return torch.cat([query[..., : self._unchanged], changed], dim=-1)
+
+    def _noisy(self, projection: nn.Module, inputs: tuple[torch.Tensor, ...], key: torch.Tensor) -> torch.Tensor | None:
+        if not projection.training or self._added is None:
+            return None
+        free = key[..., self._unchanged :]
+        heads = free.unflatten(-1, (-1, self._head_dim))
+        size = heads.detach().square().mean(-1, keepdim=True).sqrt().expand_as(heads).flatten(-2)
+        return torch.cat([key[..., : self._unchanged], (free + size * self._added).to(key.dtype)], dim=-1)
 
 
 @torch.no_grad()

@@ -36,6 +36,9 @@ class RunSettings:
     channel_drop: float = flag(
         0.0, "probability with which a channel is left out of the scores of heads without ALiBi, per sample in training"
     )
+    key_noise: float = flag(
+        0.0, "normal noise on the keys of heads without ALiBi in training, as a share of their root mean square"
+    )
     hard_candidates: int = flag(1, "train on the hardest `batch` of this many times as many samples, by their loss")
     hard_from: float = flag(0.5, "part of the run after which the hardest are chosen")
     alpha: float | None = flag(None, "entmax's alpha, in place of the method's")

@@ -52,7 +52,7 @@ class Trainer:
         if settings.bf16_weights:
             self.model.to(torch.bfloat16)  # type: ignore[arg-type]
         alibi_heads = {"nape": task.heads // 2, "alibi": task.heads}.get(settings.positions, 0)
-        self.jitter = ScoreJitter(self.model, settings.jitter, alibi_heads, settings.channel_drop)
+        self.jitter = ScoreJitter(self.model, settings.jitter, alibi_heads, settings.channel_drop, settings.key_noise)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(
             hf_asentmax.parameter_groups(self.model, settings.weight_decay),
@@ -176,7 +176,7 @@ class Trainer:
             hf_asentmax.set_alpha(self.model, alpha)
             self.alpha = alpha
         batch = self._next_batch(progress)
-        self.jitter.draw(len(batch), self.data)
+        self.jitter.draw(len(batch), batch.inputs.shape[1], self.data)
         loss = self._losses(batch, "mean")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.task.lr, self.step, progress, settings)

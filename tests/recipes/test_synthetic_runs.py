@@ -177,7 +177,7 @@ def test_jitter_scales_the_scores_of_heads_without_alibi(method: str) -> None:
 
 def test_jitter_draws_one_factor_a_sample() -> None:
     jitter = ScoreJitter(build_model(SMALL, "entmax", "nape"), 0.5, 2)
-    jitter.draw(1000, torch.Generator().manual_seed(0))
+    jitter.draw(1000, 9, torch.Generator().manual_seed(0))
     factor = jitter._factor
     assert factor is not None and factor.shape == (1000, 1, 1)
     assert 0.5 <= float(factor.min()) < 0.51 and 0.99 < float(factor.max()) <= 1.0
@@ -185,7 +185,7 @@ def test_jitter_draws_one_factor_a_sample() -> None:
 
 def test_channels_are_left_out_sample_by_sample() -> None:
     jitter = ScoreJitter(build_model(SMALL, "entmax", "nape"), 1.0, 2, drop=0.25)
-    jitter.draw(1000, torch.Generator().manual_seed(0))
+    jitter.draw(1000, 9, torch.Generator().manual_seed(0))
     factor = jitter._factor
     channels = (SMALL.heads - 2) * SMALL.head_dim
     assert factor is not None and factor.shape == (1000, 1, channels)
@@ -193,10 +193,32 @@ def test_channels_are_left_out_sample_by_sample() -> None:
     model = build_model(SMALL, "entmax", "nape").train()
     batch = SMALL.test_batch(2, 64, torch.Generator().manual_seed(0))
     plain = outputs_at(model, batch)
-    ScoreJitter(model, 1.0, 2, drop=0.5).draw(2, torch.Generator().manual_seed(0))
+    ScoreJitter(model, 1.0, 2, drop=0.5).draw(2, batch.inputs.shape[1], torch.Generator().manual_seed(0))
     assert not torch.equal(outputs_at(model, batch), plain)
     with pytest.raises(ValueError, match="below 1, got 1.0"):
         ScoreJitter(model, 1.0, 2, drop=1.0)
+
+
+def test_keys_without_alibi_get_noise_of_their_size() -> None:
+    model = build_model(SMALL, "entmax", "nape").train()
+    batch = SMALL.test_batch(64, 64, torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+    projection = model.model.layers[0].self_attn.k_proj
+    with torch.no_grad():
+        projection.weight[2 * SMALL.head_dim : 3 * SMALL.head_dim] *= 10  # the first head without ALiBi
+        projection.register_forward_hook(lambda module, inputs, key: seen.append(key))
+        jitter = ScoreJitter(model, 1.0, 2, noise=0.5)
+        projection.register_forward_hook(lambda module, inputs, key: seen.append(key))
+        jitter.draw(*batch.inputs.shape, torch.Generator().manual_seed(0))
+        outputs_at(model, batch)
+    before, after = (key.unflatten(-1, (SMALL.heads, SMALL.head_dim)) for key in seen)
+    torch.testing.assert_close(before[..., :2, :], after[..., :2, :])
+    ratio = (after - before).square().mean(dim=(0, 1, 3)) / before.square().mean(dim=(0, 1, 3))
+    torch.testing.assert_close(ratio[2:], torch.full_like(ratio[2:], 0.25), rtol=0.05, atol=0)
+    jitter.lowest(64, CPU)
+    seen.clear()
+    outputs_at(model, batch)
+    assert torch.equal(*seen)
 
 
 def test_hardest_keeps_the_largest_losses() -> None:
@@ -239,8 +261,8 @@ def trained(folder: Path, task: Task, settings: RunSettings, stops: bool = False
 def test_resuming_is_exact(tmp_path: Path) -> None:
     task = replace(SMALL, near_misses_end=1.0, one_letter_end=0.3, min_queries=1, max_queries=5)
     settings = RunSettings(
-        steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, channel_drop=0.1, hard_candidates=2, warmup=3,
-        validations=2, validate_multiple=1, validate_samples=4, alpha_start=1.1, alpha_until=0.6,
+        steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, channel_drop=0.1, key_noise=0.1, hard_candidates=2,
+        warmup=3, validations=2, validate_multiple=1, validate_samples=4, alpha_start=1.1, alpha_until=0.6,
     )  # fmt: skip
     straight, resumed = trained(tmp_path / "a", task, settings), trained(tmp_path / "b", task, settings, stops=True)
     assert len(straight.log) == 3 and len(straight.validations) == 2
