@@ -186,9 +186,7 @@ def decode_scores_kernel(
         if scoring.slopes is not None:
             farther = tl.abs(position[:, None] - keys[None, :]) - tl.abs(position - first_key)[:, None]
             score -= slope[:, None] * farther.to(tl.float32)
-        seen = visible_pairs(
-            masks, batch, head[:, None], rows[:, None], keys[None, :], start[:, None], stop[:, None], q_len, kv_len
-        )
+        seen = visible_pairs(masks, batch, head[:, None], rows, keys, start, stop, q_len, kv_len)
         score = tl.where(score == score, score, float("inf"))  # what is no number must show in the output
         score = tl.where(seen, score, float("-inf"))
         tl.store(record[:, None] + keys[None, :], score, mask=exists[:, None] & (keys >= 0)[None, :])

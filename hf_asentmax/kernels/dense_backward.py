@@ -75,9 +75,7 @@ def _query_gradient_pass(
         )
         excess = excess_over(score, tau[:, None])
         if MASKED:
-            seen = visible_pairs(
-                masks, batch, head, rows[:, None], keys[None, :], start[:, None], stop[:, None], q_len, kv_len
-            )
+            seen = visible_pairs(masks, batch, head, rows, keys, start, stop, q_len, kv_len)
             excess = tl.where(seen, excess, 0.0)
         _, s = support_powers(excess, scoring.exponent)
         dz = s * (tl.dot(do, tl.trans(v), input_precision=PRECISION) - rho[:, None])
@@ -167,9 +165,7 @@ def _key_gradient_pass(
         excess = excess_over(score, tau[None, :])
         if MASKED:
             start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
-            seen = visible_pairs(
-                masks, batch, head, rows[None, :], keys[:, None], start[None, :], stop[None, :], q_len, kv_len
-            )
+            seen = visible_pairs(masks, batch, head, rows, keys, start, stop, q_len, kv_len, KEYS_FIRST=True)
             excess = tl.where(seen, excess, 0.0)
         p, s = support_powers(excess, scoring.exponent)
         acc_v = tl.dot((p * P_SCALE).to(do.dtype), do, acc_v, input_precision=PRECISION)

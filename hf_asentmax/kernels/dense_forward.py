@@ -77,9 +77,7 @@ def _tile_scores(
     product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     score = products_to_scores(product, scoring, slope, row_position[:, None], (keys - base).to(tl.float32)[None, :])
     if MASKED:
-        seen = visible_pairs(
-            masks, batch, head, rows[:, None], keys[None, :], start[:, None], stop[:, None], q_len, kv_len
-        )
+        seen = visible_pairs(masks, batch, head, rows, keys, start, stop, q_len, kv_len)
         score = tl.where(seen, score, float("-inf"))
     return score
 
@@ -289,8 +287,7 @@ def dense_forward_kernel(
             (sampled - base).to(tl.float32)[None, :],
         )  # fmt: skip
         seen = inside[None, :] & visible_pairs(
-            masks, batch, head, rows[:, None], tl.maximum(sampled, 0)[None, :], start[:, None], stop[:, None],
-            q_len, kv_len,
+            masks, batch, head, rows, tl.maximum(sampled, 0), start, stop, q_len, kv_len
         )  # fmt: skip
         sample = tl.where(seen, sample, float("-inf"))
         tau, floor, count = _sampled_tau(sample, seen, stop - start, slope > 0, scoring.exponent)

@@ -99,22 +99,28 @@ def visible_interval(masks, batch, rows, q_len, kv_len):
 
 
 @triton.jit
-def visible_pairs(masks, batch, head, rows, keys, start, stop, q_len, kv_len):
-    """bool (rows, keys), or (keys, rows) if the arguments come transposed: does the row see the key?
+def visible_pairs(
+    masks, batch, head, rows, keys, start, stop, q_len, kv_len, KEYS_FIRST: tl.constexpr = False
+):  # fmt: skip
+    """bool (rows, keys), or (keys, rows) if KEYS_FIRST: does the row see the key?
 
-    rows, start and stop share one shape, keys >= 0 has the other; both are given expanded. start and stop are
-    visible_interval's: where nothing but causality limits the rows, start is 0 and is not looked at.
+    rows, start and stop have one axis, as has keys >= 0; head is one number, or expanded as rows are in the result.
+    start and stop are visible_interval's: where nothing but causality limits the rows, start is 0 and is not looked at.
     """
-    visible = keys < stop
+    KEYS_AT: tl.constexpr = 1 if KEYS_FIRST else 0
+    key = tl.expand_dims(keys, KEYS_AT)
+    visible = key < tl.expand_dims(stop, 1 - KEYS_AT)
     if (masks.window is not None) or (masks.start is not None):
-        visible = visible & (keys >= start)
+        visible = visible & (key >= tl.expand_dims(start, 1 - KEYS_AT))
     if masks.key_valid is not None:
+        # Loaded with one axis: with two, Triton (3.6) gives all scores the layout of this load
         valid = tl.load(masks.key_valid + batch.to(tl.int64) * kv_len + keys, mask=keys < kv_len, other=0)
-        visible = visible & (valid != 0)
+        visible = visible & tl.expand_dims(valid != 0, KEYS_AT)
     if masks.dense is not None:
+        row = tl.expand_dims(rows, 1 - KEYS_AT)
         offset = batch.to(tl.int64) * masks.dense_batch + head.to(tl.int64) * masks.dense_head
-        offset += rows.to(tl.int64) * masks.dense_row + keys.to(tl.int64) * masks.dense_key
-        visible = visible & (tl.load(masks.dense + offset, mask=visible & (rows < q_len), other=0) != 0)
+        offset += row.to(tl.int64) * masks.dense_row + key.to(tl.int64) * masks.dense_key
+        visible = visible & (tl.load(masks.dense + offset, mask=visible & (row < q_len), other=0) != 0)
     return visible
 
 

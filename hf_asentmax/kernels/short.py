@@ -65,7 +65,7 @@ def _short_rows(
         tl.dot(q, tl.trans(k), input_precision=PRECISION), scoring, slope, row_position[:, None],
         (keys - base).to(tl.float32)[None, :],
     )  # fmt: skip
-    seen = visible_pairs(masks, batch, head, rows[:, None], keys[None, :], start[:, None], stop[:, None], q_len, kv_len)
+    seen = visible_pairs(masks, batch, head, rows, keys, start, stop, q_len, kv_len)
     score = tl.where(seen, score, float("-inf"))
     tau = _solve(score, near_enough, scoring.exponent)
     p, s = support_powers(excess_over(score, tau[:, None]), scoring.exponent)
@@ -189,9 +189,7 @@ def short_backward_kernel(
         score = products_to_scores(
             product, scoring, slope, (rows + (kv_len - q_len)).to(tl.float32)[:, None], keys.to(tl.float32)[None, :]
         )
-        seen = visible_pairs(
-            masks, batch, head, rows[:, None], keys[None, :], start[:, None], stop[:, None], q_len, kv_len
-        )
+        seen = visible_pairs(masks, batch, head, rows, keys, start, stop, q_len, kv_len)
         p, s = support_powers(tl.where(seen, excess_over(score, tau[:, None]), 0.0), scoring.exponent)
         acc_v = tl.dot(tl.trans((p * P_SCALE).to(do.dtype)), do, acc_v, input_precision=PRECISION)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)

@@ -148,7 +148,7 @@ def _masked_scores(
     score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scoring.scale
     if scoring.slopes is not None:
         score -= slope * tl.abs((rows + (kv_len - q_len))[:, None] - keys[None, :]).to(tl.float32)
-    seen = visible_pairs(masks, batch, head, rows[:, None], keys[None, :], start[:, None], stop[:, None], q_len, kv_len)
+    seen = visible_pairs(masks, batch, head, rows, keys, start, stop, q_len, kv_len)
     return tl.where(seen, score, float("-inf"))
 
 
