@@ -20,10 +20,20 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.cache_utils import Cache, QuantizedLayer
 
 import hf_asentmax  # noqa: F401  (registers the presets)
 
-__all__ = ["FAMILIES", "PRESETS", "VOCABULARY", "perturb_scalings", "random_ids", "tiny_config", "tiny_model"]
+__all__ = [
+    "FAMILIES",
+    "PRESETS",
+    "VOCABULARY",
+    "lossless_quantized_cache",
+    "perturb_scalings",
+    "random_ids",
+    "tiny_config",
+    "tiny_model",
+]
 
 VOCABULARY = 64
 PRESETS = ("asentmax", "entmax", "ssmax", "adaptive_temperature", "topk_softmax")
@@ -126,3 +136,20 @@ def perturb_scalings(model: torch.nn.Module, seed: int = 1) -> None:
 def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """(batch, length) token ids, none of them special."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+class _LosslessLayer(QuantizedLayer):
+    """What every quantized layer does (residual window, deferred reordering), with a quantizer that rounds nothing."""
+
+    def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        return tensor.clone()
+
+    def _dequantize(self, q_tensor: torch.Tensor) -> torch.Tensor:
+        return q_tensor.clone()
+
+
+def lossless_quantized_cache(model: PreTrainedModel, residual_length: int = 4) -> Cache:
+    """A quantized cache that needs no package and must give exactly what a plain cache gives."""
+    return Cache(
+        layers=[_LosslessLayer(residual_length=residual_length) for _ in range(model.config.num_hidden_layers)]
+    )

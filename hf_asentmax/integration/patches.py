@@ -126,6 +126,9 @@ def _installing(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def post_init(self: PreTrainedModel) -> None:
         install(self)
+        for cls in type(self).__mro__:  # found here, as importing transformers.generation is slow
+            if "init_continuous_batching" in vars(cls):
+                _wrap(cls, "init_continuous_batching", _refusing_continuous_batching)
         original(self)
 
     return post_init
@@ -160,6 +163,22 @@ def _refusing_to_switch(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self, attn_implementation, *args, **kwargs)
 
     return set_attn_implementation
+
+
+def _refusing_continuous_batching(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Continuous batching knows a few attentions by name and would have a user switch to softmax, or do so itself."""
+
+    def init_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if next(installed_attentions(self), None) is not None:
+            raise NotImplementedError(
+                "continuous batching (generate_batch, cache_implementation='paged') expects one of transformers' own "
+                f"attention implementations and got {type(self).__name__} with hf_asentmax's "
+                f"{self.config._attn_implementation!r}, which has no paged cache. Use generate() with left-padded "
+                "batches and a dynamic, static or quantized cache"
+            )
+        return original(self, *args, **kwargs)
+
+    return init_continuous_batching
 
 
 def _without_scalings(original: Callable[..., list[str]]) -> Callable[..., list[str]]:

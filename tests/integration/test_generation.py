@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, StaticCache
+import transformers
+from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, StaticCache
 
-from tiny_models import PRESETS, perturb_scalings, random_ids, tiny_model
+from hf_asentmax.integration import forward
+
+from tiny_models import FAMILIES, PRESETS, lossless_quantized_cache, perturb_scalings, random_ids, tiny_model
 
 NEW = 10
+WINDOWED = ("mistral", "gemma2", "gemma3_text")
+UNWINDOWED = tuple(family for family in FAMILIES if family not in WINDOWED)
 IDS = random_ids(3, 12)
 MASK = torch.ones_like(IDS)
 MASK[0, :5] = 0
 MASK[1, :2] = 0
+# One row that repeats itself, padded to the left: what assisted decoding takes
+ROW = IDS[:1].repeat(1, 2)
+ROW_MASK = torch.ones_like(ROW)
+ROW_MASK[0, :3] = 0
 
 
-def build(family: str, flags: Any = None, preset: str = "asentmax") -> PreTrainedModel:
-    model = tiny_model(family, preset, flags)
+def build(family: str, flags: Any = None, preset: str = "asentmax", seed: int = 0) -> PreTrainedModel:
+    model = tiny_model(family, preset, flags, seed=seed)
     perturb_scalings(model)
     model.generation_config.eos_token_id = None
     return model
@@ -33,6 +44,41 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, positi
         ids = torch.cat([ids, last.argmax(-1, keepdim=True)], 1)
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
     return ids
+
+
+def largest_error(model: PreTrainedModel, ids: torch.Tensor = IDS, mask: torch.Tensor = MASK, **settings: Any) -> float:
+    """How far the logits of each step of greedy decoding are from one full forward over what came out."""
+    out = model.generate(
+        ids,
+        attention_mask=mask,
+        max_new_tokens=NEW,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **settings,
+    )
+    mask = torch.cat([mask, torch.ones_like(mask[:, :1]).expand(-1, NEW)], 1)
+    with torch.no_grad():
+        full = model(out.sequences, attention_mask=mask, use_cache=False).logits[:, ids.shape[1] - 1 : -1]
+    steps = torch.stack(out.logits, 1)
+    assert steps.shape == full.shape
+    return float((steps - full).abs().max())
+
+
+def softmax_error(family: str, settings: Callable[[PreTrainedModel], dict[str, Any]]) -> Exception | None:
+    """What keeps transformers from generating in this way with an attention of its own."""
+    model = tiny_model(family)
+    try:
+        model.generate(ROW, attention_mask=ROW_MASK, max_new_tokens=NEW, do_sample=False, **settings(model))
+    except Exception as error:
+        return error
+    return None
+
+
+def skip_what_softmax_cannot_do(family: str, settings: Callable[[PreTrainedModel], dict[str, Any]]) -> None:
+    error = softmax_error(family, settings)
+    if error is not None:
+        pytest.skip(f"transformers {transformers.__version__} can't do this with softmax either: {error!r}")
 
 
 CACHES: dict[str, dict[str, Any]] = {
@@ -76,29 +122,123 @@ def test_logits_of_each_step_equal_the_full_forward(family: str, kind: str) -> N
     assert torch.allclose(torch.cat(steps, 1), full, atol=5e-6)
 
 
-def test_beams() -> None:
+# Caches that a user makes and passes: transformers' own, and one without a config, which keeps all keys of a window
+MADE: dict[str, Callable[[PreTrainedModel], Cache]] = {
+    "dynamic": lambda model: DynamicCache(config=model.config),
+    "without a config": lambda model: DynamicCache(),
+    "static": lambda model: StaticCache(config=model.config, max_cache_len=40),
+    "quantized": lossless_quantized_cache,
+}
+FAMILY_AND_CACHE = [
+    (family, kind) for family in FAMILIES for kind in MADE if not (kind == "quantized" and family in WINDOWED)
+]
+
+
+@pytest.mark.parametrize(("family", "kind"), FAMILY_AND_CACHE)
+def test_a_cache_that_goes_on_from_an_earlier_turn(family: str, kind: str) -> None:
+    model = build(family, {"positions": "nape"})
+    cache = MADE[kind](model)
+    settings = {"max_new_tokens": 3, "do_sample": False, "past_key_values": cache, "disable_compile": True}
+    first = model.generate(IDS, attention_mask=MASK, **settings)
+    ids = torch.cat([first, random_ids(3, 4, seed=1)], 1)
+    mask = torch.cat([MASK, torch.ones(3, 7, dtype=torch.long)], 1)
+    assert largest_error(model, ids, mask, past_key_values=cache, disable_compile=True) < 5e-6
+
+
+@pytest.mark.parametrize(("family", "kind"), FAMILY_AND_CACHE)
+def test_the_scaling_counts_the_visible_keys(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt, steps and chunks behind left padding: each query's count is that of its row and its layer's window."""
+    model = build(family, {"positions": "nape"})
+    counts: list[torch.Tensor] = []
+    original = forward.visible_count
+
+    def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
+        counts.append(original(*args, **kwargs))
+        return counts[-1]
+
+    monkeypatch.setattr(forward, "visible_count", recorded)
+    cache, start = MADE[kind](model), 0
+    with torch.no_grad():
+        for size in (6, 1, 1, 3, 1):
+            end = start + size
+            model(IDS[:, start:end], attention_mask=MASK[:, :end], past_key_values=cache, use_cache=True)
+            start = end
+    types = getattr(model.config, "layer_types", None) or ["full_attention"] * 2
+    position = torch.arange(start)
+    for layer in range(2):
+        window = model.config.sliding_window if types[layer] == "sliding_attention" or family == "mistral" else start
+        seen = (position <= position[:, None]) & (position[:, None] - position < window)
+        expected = (MASK[:, None] * seen).sum(-1)
+        actual = torch.cat([count[:, 0].expand(3, -1) for count in counts[layer::2]], 1)
+        assert torch.equal(actual[MASK.bool()], expected[MASK.bool()])
+
+
+# The error that rounding the keys and values to so many bits may make in these models' logits (largest about 0.4)
+QUANTIZERS: dict[str, tuple[str | None, dict[str, Any], float]] = {
+    "fp8": (None, {"backend": "fp8"}, 0.02),
+    "quanto": ("optimum.quanto", {"backend": "quanto", "nbits": 4, "q_group_size": 8, "residual_length": 4}, 0.02),
+    "hqq": (
+        "hqq",
+        {"backend": "hqq", "nbits": 8, "axis_key": 1, "axis_value": 1, "q_group_size": 8, "residual_length": 4},
+        0.001,
+    ),
+}
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_quantized_caches(family: str, quantizer: str) -> None:
+    package, cache_config, tolerance = QUANTIZERS[quantizer]
+    if package is not None:
+        pytest.importorskip(package)
+
+    def settings(model: PreTrainedModel) -> dict[str, Any]:
+        return {"cache_implementation": "quantized", "cache_config": dict(cache_config)}  # `generate` may consume it
+
+    skip_what_softmax_cannot_do(family, settings)
+    model = build(family, {"positions": "nape"})
+    assert 0.0 < largest_error(model, **settings(model)) < tolerance  # 0 would be another cache
+    assert largest_error(model, prefill_chunk_size=5, **settings(model)) < tolerance
+
+
+@pytest.mark.parametrize("residual_length", [1, 4, 128])
+@pytest.mark.parametrize("family", UNWINDOWED)
+def test_quantized_caches_change_nothing_but_the_rounding(family: str, residual_length: int) -> None:
+    model = build(family, {"positions": "nape"})
+    assert largest_error(model, past_key_values=lossless_quantized_cache(model, residual_length)) < 5e-6
+
+
+BEAM_CACHES: dict[str, Callable[[PreTrainedModel], dict[str, Any]]] = {
+    "dynamic": lambda model: {},
+    "static": lambda model: {"cache_implementation": "static", "disable_compile": True},
+    "quantized": lambda model: {"past_key_values": lossless_quantized_cache(model)},
+}
+
+
+@pytest.mark.parametrize("cache", BEAM_CACHES)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox"])
+def test_beams(family: str, cache: str) -> None:
     """A beam's score is the log-probability that full forwards give its tokens."""
-    model = build("llama", {"positions": "nape"})
-    out = model.generate(
-        IDS,
-        attention_mask=MASK,
-        max_new_tokens=6,
-        num_beams=3,
-        do_sample=False,
-        length_penalty=0.0,
-        return_dict_in_generate=True,
-        output_scores=True,
-    )
+    if cache == "quantized" and family in WINDOWED:
+        pytest.skip("transformers has no quantized cache for sliding windows")
+    model = build(family, {"positions": "nape"})
+    settings: dict[str, Any] = {
+        "attention_mask": MASK,
+        "max_new_tokens": 6,
+        "num_beams": 3,
+        "do_sample": False,
+        "length_penalty": 0.0,
+        "return_dict_in_generate": True,
+        "output_scores": True,
+    }
+    skip_what_softmax_cannot_do(family, lambda model: {"num_beams": 3, **BEAM_CACHES[cache](model)})
+    out = model.generate(IDS, **BEAM_CACHES[cache](model), **settings)
     mask = torch.cat([MASK, torch.ones(3, 6, dtype=torch.long)], 1)
     with torch.no_grad():
         log_probabilities = model(out.sequences, attention_mask=mask, use_cache=False).logits.log_softmax(-1)
     chosen = log_probabilities[:, 11:-1].gather(-1, out.sequences[:, 12:, None])[..., 0].sum(-1)
     assert torch.allclose(chosen, out.sequences_scores, atol=1e-4)
-    one_best = model.generate(IDS, attention_mask=MASK, max_new_tokens=6, do_sample=False)
-    with torch.no_grad():
-        greedy_probabilities = model(one_best, attention_mask=mask, use_cache=False).logits.log_softmax(-1)
-    greedy_score = greedy_probabilities[:, 11:-1].gather(-1, one_best[:, 12:, None])[..., 0].sum(-1)
-    assert bool((out.sequences_scores >= greedy_score - 1e-4).all())
+    assert torch.equal(out.sequences, model.generate(IDS, use_cache=False, **settings).sequences)
 
 
 def test_sampling_is_seeded_and_batched_rows_do_not_mix() -> None:
@@ -113,11 +253,86 @@ def test_sampling_is_seeded_and_batched_rows_do_not_mix() -> None:
     assert torch.equal(*draws)
 
 
-def test_assisted_decoding() -> None:
+ASSISTED: dict[str, Callable[[str], dict[str, Any]]] = {
+    "prompt lookup": lambda family: {"prompt_lookup_num_tokens": 3},
+    "an assistant that is often wrong": lambda family: {"assistant_model": build(family, seed=5)},
+    "an assistant that is always right": lambda family: {"assistant_model": build(family, {"positions": "nape"})},
+    "a softmax assistant": lambda family: {"assistant_model": tiny_model(family, "eager", seed=3)},
+    "the model's first layer": lambda family: {"assistant_early_exit": 1},
+}
+
+
+@pytest.mark.parametrize("way", ASSISTED)
+def test_assisted_decoding(family: str, way: str) -> None:
+    """Candidates are checked several at a time and taken back where they are wrong."""
+    if way == "the model's first layer":
+        pytest.importorskip("transformers", minversion="5.23")  # older ones fail to crop the layers that were left out
+    skip_what_softmax_cannot_do(family, lambda model: ASSISTED[way](family))
+    model = build(family, {"positions": "nape"})
+    assert largest_error(model, ROW, ROW_MASK, **ASSISTED[way](family)) < 5e-6
+
+
+def test_weights_of_each_step() -> None:
     model = build("llama", {"positions": "nape"})
-    ids = torch.cat([IDS[:1], IDS[:1], IDS[:1]], 1)
-    plain = model.generate(ids, max_new_tokens=NEW, do_sample=False)
-    assert torch.equal(model.generate(ids, max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3), plain)
+    assert largest_error(model, output_attentions=True) < 5e-6
+
+
+def test_guidance() -> None:
+    """Two sequences in two caches side by side."""
+    model = build("llama", {"positions": "nape"})
+    settings = {"max_new_tokens": NEW, "do_sample": False, "guidance_scale": 1.5}
+    expected = model.generate(IDS[2:], use_cache=False, **settings)
+    assert torch.equal(model.generate(IDS[2:], **settings), expected)
+
+
+# What transformers refuses for any attention, or can't do without a GPU
+LIMITS: dict[str, tuple[str, Callable[[PreTrainedModel], dict[str, Any]]]] = {
+    "offloaded": ("llama", lambda model: {"cache_implementation": "offloaded"}),
+    "offloaded static": (
+        "llama",
+        lambda model: {"cache_implementation": "offloaded_static", "disable_compile": True},
+    ),
+    "a static cache with candidates": (
+        "llama",
+        lambda model: {"cache_implementation": "static", "prompt_lookup_num_tokens": 3},
+    ),
+    "a quantized cache with candidates": (
+        "llama",
+        lambda model: {"past_key_values": lossless_quantized_cache(model), "prompt_lookup_num_tokens": 3},
+    ),
+    "a quantized window": (
+        "mistral",
+        lambda model: {"cache_implementation": "quantized", "cache_config": {"backend": "hqq"}},
+    ),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_what_transformers_cannot_do_fails_as_for_softmax(limit: str) -> None:
+    """The same error for both; should transformers learn to do it, the same results as a full forward."""
+    family, settings = LIMITS[limit]
+    model = build(family, {"positions": "nape"})
+    error = softmax_error(family, settings)
+    if error is None:
+        assert largest_error(model, ROW, ROW_MASK, **settings(model)) < 5e-6
+    else:
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            largest_error(model, ROW, ROW_MASK, **settings(model))
+
+
+def test_generate_with_a_compiled_static_cache() -> None:
+    """`generate` compiles by itself on a GPU, and on a CPU where it is told to."""
+    compiled: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        compiled.append(graph)
+        return graph.forward
+
+    config = CompileConfig(backend=backend, fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    model = build("gemma2", {"positions": "nape"})
+    assert largest_error(model, cache_implementation="static", compile_config=config) < 5e-6
+    assert compiled
 
 
 def test_static_cache_compiled() -> None:
@@ -132,6 +347,15 @@ def test_static_cache_compiled() -> None:
 
 
 def test_continuous_batching_is_refused() -> None:
-    model = build("llama")
-    with pytest.raises(ValueError, match="not supported for continuous batching|can.t be switched"):
-        model.generate_batch([[3, 4, 5], [6, 7]], max_new_tokens=2)
+    model, prompts = build("llama"), [[3, 4, 5], [6, 7]]
+    settings = model.generation_config.to_dict()
+    message = "expects one of transformers' own .* got LlamaForCausalLM with .*'asentmax'.* Use generate()"
+    with pytest.raises(NotImplementedError, match=message):
+        model.generate_batch(prompts, max_new_tokens=2)
+    with pytest.raises(NotImplementedError, match=message):
+        model.generate(IDS, max_new_tokens=2, cache_implementation="paged")
+    with pytest.raises(NotImplementedError, match=message):
+        model.init_continuous_batching()
+    assert model.generation_config.to_dict() == settings
+    manager = tiny_model("llama", "sdpa").init_continuous_batching()  # other models pass through
+    manager.destroy()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -50,11 +52,52 @@ def test_generation_with_a_compiled_static_cache(family: str) -> None:
     assert torch.equal(model.generate(IDS.cuda(), cache_implementation="static", **inputs), dynamic)
 
 
-def test_offloaded_cache() -> None:
-    model = build().cuda()
+@pytest.mark.parametrize(
+    ("family", "cache"),
+    [
+        ("llama", "offloaded"),
+        ("mistral", "offloaded"),
+        ("gemma2", "offloaded"),
+        ("gpt_neox", "offloaded"),
+        ("llama", "offloaded_static"),  # which transformers refuses to models of windows alone (Mistral)
+        ("gemma2", "offloaded_static"),
+        ("gpt_neox", "offloaded_static"),
+    ],
+)
+def test_offloaded_caches(family: str, cache: str) -> None:
+    """transformers moves their layers in CUDA streams: without a GPU they run with no attention at all."""
+    model = build(family).cuda()
     inputs = {"attention_mask": MASK.cuda(), "max_new_tokens": 12, "do_sample": False}
     plain = model.generate(IDS.cuda(), **inputs)
-    assert torch.equal(model.generate(IDS.cuda(), cache_implementation="offloaded", **inputs), plain)
+    out = model.generate(IDS.cuda(), cache_implementation=cache, disable_compile=True, **inputs)
+    assert torch.equal(out, plain)
+
+
+@pytest.mark.parametrize("backend", ["fp8", "quanto", "hqq"])
+def test_quantized_caches(backend: str) -> None:
+    settings: dict[str, Any] = {"backend": backend}
+    if backend == "fp8":
+        pytest.importorskip("transformers", minversion="5.23")
+    else:
+        pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
+        settings |= {"q_group_size": 8, "residual_length": 4}
+    if backend == "hqq":
+        settings |= {"nbits": 8, "axis_key": 1, "axis_value": 1}
+    model = build().cuda()
+    out = model.generate(
+        IDS.cuda(),
+        attention_mask=MASK.cuda(),
+        max_new_tokens=12,
+        do_sample=False,
+        cache_implementation="quantized",
+        cache_config=settings,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    mask = torch.cat([MASK, torch.ones(3, 12, dtype=torch.long)], 1).cuda()
+    with torch.no_grad():
+        full = model(out.sequences, attention_mask=mask, use_cache=False).logits[:, 23:-1]
+    assert_close("logits", torch.stack(out.logits, 1), full, 0.1)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
