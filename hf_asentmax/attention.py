@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from . import kernels
+from . import kernels, softmax
 from .eager import eager_attention
 from .mappings import _check_alpha, entmax
 
 __all__ = ["BACKENDS", "entmax_attention"]
 
-BACKENDS = ("auto", "eager", "triton")
+BACKENDS = ("auto", "eager", "torch", "triton")
 
 _already_warned: set[str] = set()
 
@@ -70,15 +70,16 @@ def entmax_attention(
         key_norm_bound: (batch or 1, kv_heads) float, at least the norm of every key, as one keeps it with a cache.
             Decoding then reads no key that ALiBi puts too far away to have a weight. The result is the same; too
             small a bound makes it wrong.
-        backend: "eager" (plain PyTorch, any device, float64 too), "triton" (CUDA kernels), or "auto": triton where it
-            can, else eager, saying so once on a GPU.
+        backend: "eager" (plain PyTorch, any device, float64 too), "triton" (CUDA kernels for alpha >= 1.05), "torch"
+            (PyTorch's own fused softmax for alpha = 1 on a GPU: scaled_dot_product_attention or FlexAttention), or
+            "auto": torch or triton where they can, else eager, saying so once on a GPU.
 
     Returns:
         (batch, heads, q_len, value_dim), of query's type.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or range; the message says what was expected.
-        NotImplementedError: backend="triton" where the kernels can't do what was asked.
+        NotImplementedError: backend="triton" or "torch" where these kernels can't do what was asked.
     """
     _check_alpha(alpha)
     _check_tensors(query, key, value)
@@ -106,14 +107,22 @@ def entmax_attention(
         "sliding_window": sliding_window,
         "softcap": softcap,
     }
-    if backend == "triton" or (backend == "auto" and query.device.type == "cuda"):
+    reason = None
+    chosen = backend if backend != "auto" else _fastest(query.device, alpha)
+    if chosen == "triton":
         reason = kernels.unsupported_reason(query, key, value, **options)
         if reason is None:
             return kernels.entmax_attention_triton(
                 query, key, value, scale=scale, is_causal=is_causal, key_norm_bound=key_norm_bound, **options
             )
-        if backend == "triton":
-            raise NotImplementedError(f"backend='triton' can't run this call: {reason}")
+    elif chosen == "torch":
+        reason = softmax.unsupported_reason(query, key, value, is_causal=is_causal, **options)
+        if reason is None:
+            del options["alpha"]
+            return softmax.softmax_attention(query, key, value, scale=scale, is_causal=is_causal, **options)
+    if reason is not None:
+        if backend != "auto":
+            raise NotImplementedError(f"backend={backend!r} can't run this call: {reason}")
         _warn_once(f"entmax_attention runs in plain PyTorch (slow, memory square in length): {reason}")
 
     output, _ = eager_attention(
@@ -130,6 +139,13 @@ def entmax_attention(
         softcap=softcap,
     )
     return output
+
+
+def _fastest(device: torch.device, alpha: float) -> str:
+    """The backend that "auto" tries."""
+    if device.type != "cuda":
+        return "eager"
+    return "torch" if alpha == 1.0 else "triton"
 
 
 def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -327,7 +327,7 @@ def test_softcap(softcap: Any):
 
 @pytest.mark.parametrize("backend", ["cuda", "Eager", "", None, 1, ["eager"]])
 def test_backend(backend: Any):
-    assert_refused(ValueError, f"backend must be one of auto, eager, triton, got {backend!r}", backend=backend)
+    assert_refused(ValueError, f"backend must be one of auto, eager, torch, triton, got {backend!r}", backend=backend)
 
 
 def test_triton_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch):

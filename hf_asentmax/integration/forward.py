@@ -12,7 +12,7 @@ from transformers.utils import TransformersKwargs, logging
 
 from ..attention import entmax_attention
 from ..eager import eager_attention
-from ..mappings import adaptive_temperature_softmax, entmax, softmax, top_k_softmax
+from ..mappings import adaptive_temperature_softmax, entmax, top_k_softmax
 from ..masks import query_positions, visible_count
 from ..positions import alibi_slopes
 from .install import AttentionSettings, scaling_of
@@ -124,7 +124,8 @@ def asentmax_attention_forward(
         )
 
     return_weights = bool(kwargs.get("output_attentions"))
-    if flags.alpha > 1.0 and dropout == 0.0 and not return_weights:
+    mapping = _mapping(settings, module.training)
+    if mapping is None and dropout == 0.0 and not return_weights:
         output = entmax_attention(
             query,
             key,
@@ -140,7 +141,9 @@ def asentmax_attention_forward(
         )
         return output.transpose(1, 2).contiguous(), None
     if query.device.type == "cuda" and not torch.compiler.is_compiling():
-        reason = "softmax presets have none" if flags.alpha == 1.0 else "they have no dropout and return no weights"
+        reason = "they have no dropout and return no weights"
+        if mapping is not None:
+            reason = "top-k softmax and adaptive temperature, which need all scores at once, have none"
         logger.warning_once(
             f"hf_asentmax runs this attention in plain PyTorch (memory square in length), not in kernels: {reason}"
         )
@@ -148,7 +151,7 @@ def asentmax_attention_forward(
         query,
         key,
         value,
-        mapping=_mapping(settings, module.training),
+        mapping=mapping or partial(entmax, alpha=flags.alpha),
         scale=scale,
         is_causal=causal,
         attention_mask=attention_mask,
@@ -212,12 +215,11 @@ def _scaled_query(query: torch.Tensor, factor: torch.Tensor, num_unscaled_heads:
     return (query * factor[..., None]).to(query.dtype)
 
 
-def _mapping(settings: AttentionSettings, training: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+def _mapping(settings: AttentionSettings, training: bool) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The mapping where it is none that entmax_attention has, else None."""
     flags = settings.flags
-    if flags.alpha > 1.0:
-        return partial(entmax, alpha=flags.alpha)
     if flags.top_k is not None:
         return partial(top_k_softmax, k=flags.top_k)
     if flags.scaling == "adaptive_temperature" and not training:
         return adaptive_temperature_softmax
-    return softmax
+    return None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["entmax_attention_triton", "unsupported_reason"]
+__all__ = ["entmax_attention_triton", "unsupported_device_reason", "unsupported_reason"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_HEAD_DIM = 256
@@ -33,13 +33,13 @@ def unsupported_reason(
     The arguments are entmax_attention's, already checked.
     """
     del attention_mask, cu_seqlens, sliding_window, softcap  # all supported
-    of_the_device = _unsupported_device_reason(query.device)
+    of_the_device = unsupported_device_reason(query.device)
     if of_the_device is not None:
         return of_the_device
     if query.dtype not in _DTYPES:
         return f"the kernels compute in float32, bfloat16 or float16, got {query.dtype}; use backend='eager'"
     if alpha < _SMALLEST_ALPHA:
-        instead = "use scaled_dot_product_attention for softmax" if alpha == 1.0 else "use backend='eager'"
+        instead = "use backend='torch' for softmax" if alpha == 1.0 else "use backend='eager'"
         return f"the kernels need alpha from {_SMALLEST_ALPHA} to 2, got {alpha}; {instead}"
     largest = max(query.shape[-1], value.shape[-1])
     if largest > _LARGEST_HEAD_DIM:
@@ -52,7 +52,8 @@ def unsupported_reason(
 
 
 @torch.compiler.assume_constant_result  # torch.compile (2.11) would break its graph at each of these questions
-def _unsupported_device_reason(device: torch.device) -> str | None:
+def unsupported_device_reason(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on this device, and what to do about it; None if they can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; install it (pip install triton), or use backend='eager'"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,348 @@
+r"""Softmax attention (alpha = 1) by PyTorch's own fused kernels, in memory linear in the length.
+
+.. math::
+    z_{ij} = \mathrm{softcap}(\mathrm{scale}\, q_i^\top k_j) - m_h |i - j|, \quad
+    o_i = \sum_j \mathrm{softmax}_j(z_{ij})\, v_j
+
+over the keys that query i sees; zeros, and zero gradients, for a query that sees none. ``eager.py`` is the definition.
+
+- Plain causal or full attention is ``scaled_dot_product_attention``, which skips what lies behind a causal query.
+- Short rows and single queries are the same function with a bias that holds ALiBi and every mask, made once a call.
+- All else is FlexAttention: a query's keys are an interval (causality, window, packing), less padding or a free mask.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from . import kernels
+from .masks import alibi_positions, query_positions, visible_keys
+
+__all__ = ["softmax_attention", "unsupported_reason"]
+
+_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SHORT = 1024  # keys: up to here a bias is made, of at most _LARGEST_BIAS elements
+_LARGEST_BIAS = 1 << 28
+_BLOCK = 128  # queries, and keys, that FlexAttention skips together
+_FLEX_HEAD_DIMS = (16, 256)
+
+
+def unsupported_reason(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    alpha: float,
+    is_causal: bool,
+    attention_mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> str | None:
+    """Why PyTorch's fused kernels cannot run this call, and what to do about it; None if they can.
+
+    The arguments are entmax_attention's, already checked.
+    """
+    if alpha != 1.0:
+        return f"PyTorch's attention is softmax, alpha = 1, got {alpha}; use backend='triton' or 'eager'"
+    if query.device.type != "cuda":
+        return (
+            f"PyTorch's kernels are meant for a CUDA GPU, the tensors are on {query.device.type}; use backend='eager'"
+        )
+    if query.dtype not in _FUSED_DTYPES:
+        return f"PyTorch's kernels compute in float32, bfloat16 or float16, got {query.dtype}; use backend='eager'"
+    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        return (
+            "PyTorch's kernels take ALiBi's slopes as constants; detach them, or use backend='eager', which learns them"
+        )
+    masks = (attention_mask, alibi_slopes, cu_seqlens, sliding_window, softcap)
+    if _way(query, key, value, is_causal, *masks) != "flex":
+        return None
+    low, high = _FLEX_HEAD_DIMS
+    for head_dim in (query.shape[-1], value.shape[-1]):
+        if not low <= head_dim <= high:
+            return f"FlexAttention takes head dimensions from {low} to {high}, got {head_dim}; use backend='eager'"
+    return kernels.unsupported_device_reason(query.device)
+
+
+def softmax_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    is_causal: bool,
+    attention_mask: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """entmax_attention for alpha = 1, differentiable in query, key and value, on any device.
+
+    The arguments are entmax_attention's, already checked. Where unsupported_reason gives a reason, the result is still
+    right, but neither fast nor in linear memory. In half precision a short row's ALiBi is rounded to it, as the kernels
+    take a bias of query's type alone.
+
+    Returns:
+        (batch, heads, q_len, value_dim), of query's type (of autocast's type under autocast).
+    """
+    device_type = query.device.type
+    if torch.is_autocast_enabled(device_type):
+        query, key, value = (tensor.to(torch.get_autocast_dtype(device_type)) for tensor in (query, key, value))
+    slopes = None if alibi_slopes is None else alibi_slopes.detach()
+    way = _way(query, key, value, is_causal, attention_mask, slopes, cu_seqlens, sliding_window, softcap)
+    with torch.autocast(device_type, enabled=False):
+        if way == "bare":
+            return _bare(query, key, value, scale, is_causal and query.shape[2] > 1)
+        if way == "biased":
+            return _biased(query, key, value, scale, is_causal, attention_mask, slopes, cu_seqlens, sliding_window)
+        flex = _compiled_flex() if device_type == "cuda" and not torch.compiler.is_compiling() else _flex
+        # Numbers come as tensors: other ones would be another kernel
+        per_head = query.new_ones(query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
+        return flex(
+            query,
+            key,
+            value,
+            *_key_interval(query.shape[2], key.shape[2], query.device, is_causal, cu_seqlens, sliding_window),
+            _flex_anchor(query, key, attention_mask, slopes, is_causal, sliding_window),
+            attention_mask,
+            scale * per_head,
+            None if softcap is None else softcap * per_head,
+            None if slopes is None else slopes * per_head,
+        )
+
+
+def _way(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    is_causal: bool,
+    attention_mask: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> str:
+    """Which function below takes the call: "bare", "biased" or "flex"."""
+    batch, heads, q_len, head_dim = query.shape
+    kv_len, value_dim = key.shape[2], value.shape[3]
+    bare = all(given is None for given in (attention_mask, alibi_slopes, cu_seqlens, sliding_window, softcap))
+    # It aligns causal queries to the keys' start, and has fused kernels for these head dimensions alone
+    bare = bare and (not is_causal or q_len <= 1 or q_len == kv_len)
+    flash = query.dtype in (torch.bfloat16, torch.float16) and head_dim == value_dim <= 256
+    if bare and (flash or (head_dim % 8 == 0 and value_dim % 8 == 0)):
+        return "bare"
+    if softcap is not None or (q_len > 1 and kv_len > _SHORT):
+        return "flex"
+    bias_batch = 1 if attention_mask is None else batch
+    heads_alike = attention_mask is None or attention_mask.ndim == 2 or attention_mask.shape[1] == 1
+    bias_heads = 1 if alibi_slopes is None and heads_alike else heads
+    return "biased" if bias_batch * bias_heads * q_len * kv_len <= _LARGEST_BIAS else "flex"
+
+
+def _bare(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, is_causal: bool) -> torch.Tensor:
+    """scaled_dot_product_attention without a bias."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # only one of PyTorch's kernels takes grouped heads by itself
+        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+    return scaled_dot_product_attention(query, key, value, is_causal=is_causal, scale=scale)
+
+
+def _biased(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    is_causal: bool,
+    attention_mask: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """scaled_dot_product_attention with one bias for ALiBi and all masks."""
+    batch, heads, q_len, head_dim = query.shape
+    kv_heads, kv_len = key.shape[1:3]
+    position = query_positions(q_len, kv_len, query.device)
+    visible = visible_keys(
+        position,
+        kv_len,
+        is_causal=is_causal,
+        attention_mask=attention_mask,
+        cu_seqlens=cu_seqlens,
+        sliding_window=sliding_window,
+    )
+    # Kernels differ in what they make of a row of -inf: such a row sees all keys here, and its output is dropped
+    sees_a_key = None if attention_mask is None or visible is None else visible.any(dim=-1, keepdim=True)
+    shown = visible if sees_a_key is None or visible is None else visible | ~sees_a_key
+    bias = shown
+    if slopes is not None:
+        anchor = position if attention_mask is None else alibi_positions(position, visible)
+        distance = (anchor[..., None] - torch.arange(kv_len, device=key.device)).abs()
+        numbers = torch.promote_types(query.dtype, torch.float32)
+        bias = (-slopes.to(numbers)[:, None, None] * distance.to(numbers)).to(query.dtype)
+        if shown is not None:
+            bias = bias.masked_fill(~shown, -torch.inf)
+        bias = bias.reshape((1,) * (4 - bias.ndim) + tuple(bias.shape))
+    groups = heads // kv_heads
+    # The queries that share a key head are rows of one head
+    if bias is not None and groups > 1 and bias.shape[1:3] != (1, 1):
+        bias = bias.expand(-1, heads if bias.shape[1] > 1 else groups, q_len, -1)
+        bias = bias.reshape(bias.shape[0], -1, groups * q_len, kv_len)
+    rows = query.reshape(batch, kv_heads, groups * q_len, head_dim)
+    output = scaled_dot_product_attention(rows, key, value, attn_mask=bias, scale=scale)
+    output = output.reshape(batch, heads, q_len, value.shape[-1])
+    return output if sees_a_key is None else torch.where(sees_a_key, output, 0.0)
+
+
+def _key_interval(
+    q_len: int,
+    kv_len: int,
+    device: torch.device,
+    is_causal: bool,
+    cu_seqlens: torch.Tensor | None,
+    sliding_window: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(start, stop), each (q_len,) int32: causality, window and packing let query i see start_i <= j < stop_i."""
+    position = query_positions(q_len, kv_len, device)
+    start, stop = torch.zeros_like(position), torch.full_like(position, kv_len)
+    if is_causal:
+        stop = position + 1
+    if sliding_window is not None:
+        start = torch.maximum(start, position - (sliding_window - 1))
+        stop = torch.minimum(stop, position + sliding_window)
+    if cu_seqlens is not None:
+        boundaries = cu_seqlens.to(torch.int64)
+        sequence = torch.bucketize(position, boundaries, right=True)
+        start = torch.maximum(start, boundaries[sequence - 1])
+        stop = torch.minimum(stop, boundaries[sequence])
+    return start.to(torch.int32), stop.to(torch.int32)
+
+
+def _flex_anchor(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    is_causal: bool,
+    sliding_window: int | None,
+) -> torch.Tensor | None:
+    """Where ALiBi's distances are measured from: (q_len,), or (batch, 1 or heads, q_len) int32 with a 4D mask."""
+    if slopes is None:
+        return None
+    position = query_positions(query.shape[2], key.shape[2], query.device)
+    if attention_mask is not None and attention_mask.ndim == 4:
+        visible = visible_keys(
+            position,
+            key.shape[2],
+            is_causal=is_causal,
+            attention_mask=attention_mask,
+            cu_seqlens=None,
+            sliding_window=sliding_window,
+        )
+        position = alibi_positions(position, visible)
+    return position.to(torch.int32)
+
+
+def _flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    start: torch.Tensor,
+    stop: torch.Tensor,
+    anchor: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    scale: torch.Tensor,
+    softcap: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+) -> torch.Tensor:
+    """FlexAttention.
+
+    Args:
+        start, stop: from `_key_interval`; anchor: from `_flex_anchor`.
+        attention_mask: bool, (batch, kv_len) or (batch, 1 or heads, q_len, kv_len).
+        scale, softcap, slopes: (heads,) float.
+    """
+    some, every = _blocks(start, stop, key.shape[2], attention_mask)
+    # Out here: in the functions below, which become part of a kernel, every index is a tensor
+    if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1] == 1:
+        attention_mask = attention_mask[:, 0]
+    if anchor is not None and anchor.ndim == 3 and anchor.shape[1] == 1:
+        anchor = anchor[:, 0]
+
+    def shows(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        within = (k >= start[q]) & (k < stop[q])
+        if attention_mask is None:
+            return within
+        if attention_mask.ndim == 2:
+            return within & attention_mask[b, k]
+        return within & (attention_mask[b, q, k] if attention_mask.ndim == 3 else attention_mask[b, h, q, k])
+
+    def score(
+        product: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    ) -> torch.Tensor:
+        product = product * scale[h]
+        if softcap is not None:
+            product = softcap[h] * torch.tanh(product / softcap[h])
+        if slopes is None or anchor is None:
+            return product
+        position = (anchor[q] if anchor.ndim == 1 else anchor[b, q]) if anchor.ndim < 3 else anchor[b, h, q]
+        return product - slopes[h] * (position - k).abs()
+
+    mask = BlockMask.from_kv_blocks(
+        *_listed(some & ~every),
+        *_listed(every),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=shows,
+        seq_lengths=(query.shape[2], key.shape[2]),
+    )
+    grouped = query.shape[1] != key.shape[1]
+    return flex_attention(query, key, value, score_mod=score, block_mask=mask, scale=1.0, enable_gqa=grouped)
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., torch.Tensor]:
+    return torch.compile(_flex)
+
+
+def _blocks(
+    start: torch.Tensor, stop: torch.Tensor, kv_len: int, attention_mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks of _BLOCK x _BLOCK where some query may see some key, and where every query surely sees every key.
+
+    Made from the queries' intervals: PyTorch's create_block_mask would build the whole (q_len, kv_len) mask.
+
+    Returns:
+        two bool (batch or 1, heads or 1, query blocks, key blocks); every implies some.
+    """
+    q_len = start.shape[0]
+    more_queries, more_keys = -q_len % _BLOCK, -kv_len % _BLOCK
+    first = torch.arange(0, kv_len, _BLOCK, device=start.device)
+    last = first + (_BLOCK - 1)
+    # Queries beyond the end see nothing; keys beyond the end are seen by none
+    starts, stops = pad(start, (0, more_queries), value=kv_len), pad(stop, (0, more_queries), value=0)
+    starts, stops = starts.reshape(-1, _BLOCK, 1), stops.reshape(-1, _BLOCK, 1)
+    some = ((first < stops.amax(dim=1)) & (last >= starts.amin(dim=1)))[None, None]
+    every = ((first >= starts.amax(dim=1)) & (last < stops.amin(dim=1)))[None, None]
+    if attention_mask is None:
+        return some, every
+    if attention_mask.ndim == 2:
+        keys = pad(attention_mask, (0, more_keys)).reshape(attention_mask.shape[0], 1, 1, -1, _BLOCK)
+        return some & keys.any(dim=-1), every & keys.all(dim=-1)
+    batch, heads = attention_mask.shape[:2]
+    tiles = pad(attention_mask, (0, more_keys, 0, more_queries)).reshape(
+        batch, heads, (q_len + more_queries) // _BLOCK, _BLOCK, (kv_len + more_keys) // _BLOCK, _BLOCK
+    )
+    return some & tiles.any(dim=5).any(dim=3), every & tiles.all(dim=5).all(dim=3)
+
+
+def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks each row has, and their indices first: (..., rows) and (..., rows, blocks) int32."""
+    order = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
+    return blocks.sum(dim=-1).to(torch.int32).contiguous(), order.to(torch.int32).contiguous()

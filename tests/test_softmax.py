@@ -1,0 +1,225 @@
+"""Softmax attention by PyTorch's fused functions against the eager definition in float64: every way, every mask.
+
+On the CPU these functions run as their own plain references; the kernels behind them are tested on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from hf_asentmax import entmax_attention, softmax
+from hf_asentmax.masks import query_positions, visible_keys
+
+from reference import assert_close
+from tiny_models import random_ids, tiny_model
+
+BATCH, HEADS = 3, 4
+WITHOUT_KEYS = torch.arange(150).expand(BATCH, 150) >= torch.tensor([[0], [70], [150]])
+
+# name -> (q_len, kv_len, options)
+CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "causal": (150, 150, {}),
+    "full": (40, 150, {"is_causal": False}),
+    "one query": (1, 150, {"alibi_slopes": True}),
+    "last queries": (70, 150, {}),
+    "last queries, alibi": (70, 150, {"alibi_slopes": True}),
+    "alibi": (150, 150, {"alibi_slopes": True}),
+    "alibi, full": (150, 150, {"alibi_slopes": True, "is_causal": False}),
+    "left padding": (150, 150, {"attention_mask": WITHOUT_KEYS}),
+    "left padding, alibi": (140, 150, {"attention_mask": WITHOUT_KEYS, "alibi_slopes": True}),
+    "padding, full": (30, 150, {"attention_mask": WITHOUT_KEYS, "is_causal": False}),
+    "right padding, full, alibi": (
+        30,
+        150,
+        {"attention_mask": ~WITHOUT_KEYS, "alibi_slopes": True, "is_causal": False},
+    ),
+    "4D": (140, 150, {"attention_mask": 1, "is_causal": False}),
+    "4D per head": (140, 150, {"attention_mask": HEADS, "alibi_slopes": True, "sliding_window": 80}),
+    "packed": (150, 150, {"cu_seqlens": (0, 5, 5, 131, 150), "alibi_slopes": True, "batch": 1}),
+    "window": (150, 150, {"sliding_window": 20}),
+    "window, full": (145, 150, {"sliding_window": 20, "is_causal": False, "attention_mask": WITHOUT_KEYS}),
+    "softcap": (150, 150, {"softcap": 2.0, "alibi_slopes": True, "scale": 0.7}),
+    "longer": (300, 300, {"sliding_window": 150, "alibi_slopes": True}),
+}
+
+
+def case_of(name: str, kv_heads: int, dtype: torch.dtype, device: str = "cpu") -> tuple[list[torch.Tensor], Any, Any]:
+    """[query, key, value], the output's gradient, and the options of a case."""
+    q_len, kv_len, options = CASES[name]
+    options = dict(options)
+    batch = options.pop("batch", BATCH)
+    generator = torch.Generator().manual_seed(7)
+    shapes = ((batch, HEADS, q_len, 16), (batch, kv_heads, kv_len, 16), (batch, kv_heads, kv_len, 24))
+    tensors = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
+    grad = torch.randn(batch, HEADS, q_len, 24, generator=generator).to(device, dtype)
+    if isinstance(options.get("attention_mask"), int):
+        shape = (batch, options["attention_mask"], q_len, kv_len)
+        options["attention_mask"] = torch.rand(shape, generator=generator) > 0.6
+        options["attention_mask"][0, :, 3] = False
+        options["attention_mask"][1, :, :, 20:] = False
+    if "alibi_slopes" in options:
+        options["alibi_slopes"] = torch.tensor([1.0, 0.5, 0.05, 0.0])
+    if "cu_seqlens" in options:
+        options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32)
+    moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    return tensors, grad, {"scale": 0.25, "is_causal": True, **moved}
+
+
+def check(name: str, kv_heads: int, dtype: torch.dtype, device: str, tolerance: float) -> None:
+    """Output and gradients of a case against the definition in float64; exact zeros for rows without keys."""
+    tensors, grad, options = case_of(name, kv_heads, dtype, device)
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    expected = entmax_attention(*exact, alpha=1.0, backend="eager", **options)
+    expected_grads = torch.autograd.grad(expected, exact, grad.double())
+    output = softmax.softmax_attention(*tensors, **options)
+    grads = torch.autograd.grad(output, tensors, grad)
+    assert output.dtype == dtype
+    assert_close("output", output, expected, tolerance)
+    for which, actual, wanted in zip(("dq", "dk", "dv"), grads, expected_grads, strict=True):
+        assert_close(which, actual, wanted, 2 * tolerance)
+    if options.get("attention_mask") is not None:
+        nothing = (expected == 0).all(dim=-1)
+        assert bool(nothing.any())
+        assert bool((output[nothing] == 0).all()) and bool((grads[0][nothing] == 0).all())
+
+
+@pytest.fixture
+def flex_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bias, whatever the length; on the CPU, FlexAttention's reference lets gradients through."""
+    monkeypatch.setattr(softmax, "_SHORT", 0)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "softcap"])
+def test_scaled_dot_product_attention(name: str, kv_heads: int) -> None:
+    check(name, kv_heads, torch.float64, "cpu", 1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention(name: str, flex_alone: None) -> None:
+    check(name, 2, torch.float64, "cpu", 1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_blocks_cover_what_is_visible(name: str) -> None:
+    """A block that is left out shows no key, one that is taken without a look at its mask shows all."""
+    tensors, _, options = case_of(name, HEADS, torch.float32)
+    q_len, kv_len = tensors[0].shape[2], tensors[1].shape[2]
+    masks = {kind: options.get(kind) for kind in ("is_causal", "attention_mask", "cu_seqlens", "sliding_window")}
+    visible = visible_keys(query_positions(q_len, kv_len, "cpu"), kv_len, **masks)
+    visible = torch.tensor(True) if visible is None else visible
+    visible = visible.expand(*visible.shape[:-2] or (1, 1), q_len, kv_len)
+    mask = masks.pop("attention_mask")
+    start, stop = softmax._key_interval(q_len, kv_len, torch.device("cpu"), **masks)
+    some, every = softmax._blocks(start, stop, kv_len, mask)
+    visible = torch.nn.functional.pad(visible, (0, -kv_len % 128, 0, -q_len % 128))
+    batch, heads, rows, columns = visible.shape
+    tiles = visible.reshape(batch, heads, rows // 128, 128, columns // 128, 128).transpose(3, 4)
+    assert some.shape[2:] == every.shape[2:] == tiles.shape[2:4]
+    assert not bool((tiles.any(5).any(4) & ~some).any())
+    assert not bool((every & ~tiles.all(5).all(4)).any())
+    assert not bool((every & ~some).any())
+
+
+def test_autocast() -> None:
+    tensors, _, options = case_of("left padding, alibi", 2, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = softmax.softmax_attention(*tensors, **options)
+    assert output.dtype == torch.bfloat16
+    exact = [tensor.double() for tensor in tensors]
+    assert_close("output", output, entmax_attention(*exact, alpha=1.0, backend="eager", **options), 1e-2)
+
+
+def test_flex_attention_is_compiled_without_a_graph_break(flex_alone: None) -> None:
+    tensors, grad, options = case_of("left padding, alibi", 2, torch.float32)
+    compiled = torch.compile(softmax.softmax_attention, fullgraph=True, backend="aot_eager")
+    output = compiled(*tensors, **options)
+    expected = entmax_attention(*tensors, alpha=1.0, backend="eager", **options)
+    assert_close("output", output, expected, 1e-5)
+    grads = [torch.autograd.grad(result, tensors, grad) for result in (output, expected)]
+    for actual, wanted in zip(*grads, strict=True):
+        assert_close("gradient", actual, wanted, 1e-5)
+
+
+def test_what_it_refuses() -> None:
+    tensors, _, _ = case_of("causal", 2, torch.float32)
+    with pytest.raises(NotImplementedError, match="CUDA GPU"):
+        entmax_attention(*tensors, alpha=1.0, backend="torch")
+    with pytest.raises(NotImplementedError, match="alpha = 1"):
+        entmax_attention(*tensors, alpha=1.5, backend="torch")
+
+
+def softmax_model(**flags: Any) -> PreTrainedModel:
+    flags = {"alpha": 1.0, "scaling": "none", "positions": "nape", **flags}
+    return tiny_model("llama", "asentmax", flags, head_dim=16, num_hidden_layers=1)
+
+
+def results_of(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of tokens that are no padding, and all gradients of their loss in one vector."""
+    logits = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
+    loss = torch.nn.functional.cross_entropy(logits.double(), ids[mask.bool()])
+    grads = torch.autograd.grad(loss, list(model.parameters()))
+    return logits.detach(), torch.cat([grad.double().flatten() for grad in grads])
+
+
+@pytest.mark.parametrize(("scaling", "compiled"), [("none", False), ("ssmax", True)])
+def test_the_plugin_takes_it(scaling: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it would on a GPU, without a graph break."""
+    ids, mask = random_ids(2, 30), torch.ones(2, 30, dtype=torch.long)
+    mask[0, :9] = 0
+    model = softmax_model(scaling=scaling)
+    expected = results_of(model, ids, mask)
+    taken: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        taken.append(1)
+        return softmax_attention(*args, **kwargs)
+
+    softmax_attention = softmax.softmax_attention
+    monkeypatch.setattr("hf_asentmax.attention._fastest", lambda device, alpha: "torch")
+    monkeypatch.setattr(softmax, "unsupported_reason", lambda *args, **kwargs: None)
+    monkeypatch.setattr(softmax, "softmax_attention", counted)
+    torch._dynamo.reset()
+    actual = results_of(torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model, ids, mask)
+    assert len(taken) == 1
+    for result, wanted in zip(actual, expected, strict=True):
+        assert_close("logits or gradients", result, wanted, 1e-5)
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("way", ["biased", "flex"])
+@pytest.mark.parametrize("name", CASES)
+def test_on_a_gpu(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way == "flex":
+        monkeypatch.setattr(softmax, "_SHORT", 0)
+    torch._dynamo.reset()
+    check(name, 2, torch.bfloat16, "cuda", 8e-3)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("length", [91, 1500])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_model_on_a_gpu(length: int, compiled: bool) -> None:
+    """In bf16 against float64 eager attention: the logits, the gradients, and no warning of a plain path."""
+    torch._dynamo.reset()
+    ids = random_ids(2, length).cuda()
+    mask = torch.ones_like(ids)
+    mask[0, : length // 3] = 0
+    expected = results_of(softmax_model().double().cuda(), ids, mask)
+    model = softmax_model().cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        actual = results_of(torch.compile(model, fullgraph=True) if compiled else model, ids, mask)
+    for result, wanted in zip(actual, expected, strict=True):
+        assert_close("logits or gradients", result, wanted, 3e-2)
