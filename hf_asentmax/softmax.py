@@ -134,7 +134,7 @@ def _way(
     batch, heads, q_len, head_dim = query.shape
     kv_len, value_dim = key.shape[2], value.shape[3]
     bare = all(given is None for given in (attention_mask, alibi_slopes, cu_seqlens, sliding_window, softcap))
-    # It aligns causal queries to the keys' start, and has fused kernels for these head dimensions alone
+    # PyTorch aligns causal queries to the keys' start, and has fused kernels for these head dimensions alone
     bare = bare and (not is_causal or q_len <= 1 or q_len == kv_len)
     flash = query.dtype in (torch.bfloat16, torch.float16) and head_dim == value_dim <= 256
     if bare and (flash or (head_dim % 8 == 0 and value_dim % 8 == 0)):
