@@ -54,6 +54,15 @@ def _softplus(inputs: torch.Tensor) -> torch.Tensor:
     return torch.logaddexp(inputs, inputs.new_zeros(()))
 
 
+def _projected(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """weight inputs + bias. For one row as a sum of products, which torch.compile fuses with what comes after: the
+    library's product with a few outputs takes three kernels, longer than the rest of the scaling (decoding)."""
+    if inputs.shape[1] == 1:
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return (inputs.to(dtype)[:, :, None] * weight.to(dtype)).sum(dim=-1) + bias
+    return nn.functional.linear(inputs, weight, bias)
+
+
 class SSMaxScaling(LengthScaling):
     r"""SSMax: s_h log n_i, one learned s per head ("Scalable-Softmax is superior for attention", Nakanishi 2025).
 
@@ -106,8 +115,8 @@ class AsentmaxScaling(LengthScaling):
     def forward(self, hidden_states: torch.Tensor, visible_count: torch.Tensor) -> torch.Tensor:
         dtype = _factor_dtype(self.beta_weight)
         inputs = hidden_states.to(self.beta_weight.dtype)
-        beta = _softplus(nn.functional.linear(inputs, self.beta_weight, self.beta_bias).to(dtype))
-        gamma = torch.tanh(nn.functional.linear(inputs, self.gamma_weight, self.gamma_bias).to(dtype))
+        beta = _softplus(_projected(inputs, self.beta_weight, self.beta_bias).to(dtype))
+        gamma = torch.tanh(_projected(inputs, self.gamma_weight, self.gamma_bias).to(dtype))
         beta, gamma = beta.transpose(1, 2), self.gamma_range * gamma.transpose(1, 2)
         return self.delta + beta * _log_count(visible_count, 1, dtype).pow(gamma)
 

@@ -303,7 +303,16 @@ def _flex(
         seq_lengths=(query.shape[2], key.shape[2]),
     )
     grouped = query.shape[1] != key.shape[1]
-    return flex_attention(query, key, value, score_mod=score, block_mask=mask, scale=1.0, enable_gqa=grouped)
+    return flex_attention(
+        query,
+        key,
+        value,
+        score_mod=score,
+        block_mask=mask,
+        scale=1.0,
+        enable_gqa=grouped,
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True},  # its kernel for few queries compiles not for all sizes
+    )
 
 
 @functools.cache

@@ -87,8 +87,9 @@ def asentmax_attention_forward(
         raise NotImplementedError(
             f"{type(module).__name__} has {query.shape[1]} heads where its config says {settings.num_heads}"
         )
-    cache, layer_idx = kwargs.get(CACHE_ARGUMENT), getattr(module, "layer_idx", None)
-    bound = None if cache is None else key_norm_bound(cache, layer_idx, key, query.shape[2])
+    cache, bound = kwargs.get(CACHE_ARGUMENT), None
+    if cache is not None:  # without one the layer's index stays unread: torch.compile would compile every layer anew
+        bound = key_norm_bound(cache, getattr(module, "layer_idx", None), key, query.shape[2])
     query, key, value = _one_dtype(query, key, value)
     flags = settings.flags
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)

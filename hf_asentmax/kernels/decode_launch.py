@@ -12,7 +12,8 @@ import torch
 
 from .decode_output import decode_flat_kernel, decode_output_kernel
 from .decode_scores import Workspace, decode_scores_kernel
-from .problem import Problem, on_device, padded, rows_of
+from .launching import on_device
+from .problem import Problem, padded, rows_of
 
 __all__ = ["DecodeTiles", "decode", "decode_tiles"]
 
@@ -88,7 +89,7 @@ def _workspace(problem: Problem, sizes: DecodeTiles) -> Workspace:
         ends.append(end)
     ends.append(end + sizes.parts * (padded(problem.value.shape[3]) + 32))
     rows = problem.groups * problem.query.shape[2]
-    memory = problem.query.new_empty(rows, ends[-1] + 32, dtype=torch.float32)
+    memory = problem.launch.empty((rows, ends[-1] + 32), torch.float32)
     return Workspace(memory, ends[-1] + 32, *ends)
 
 
@@ -130,7 +131,7 @@ def decode(
         "VALUE_DIM": constants["VALUE_DIM"],
         "num_stages": 1,
     }
-    with on_device(problem.query):
+    with on_device(problem.launch.device):
         problem.launch(
             decode_scores_kernel,
             batch * kv_heads * row_tiles * splits,

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from .launching import Launcher, signature_of
-from .op import _new_rows, _problem, as_autocast, needs_gradient
+from .launching import Launcher, run
+from .op import _problem, _rows_shape, _with_unit_strides, as_autocast, needs_gradient
 from .row_ranges import RowRanges
 
 __all__ = ["DECODE_FROM", "MOST_DECODE_ROWS", "decode_attention", "decodes"]
@@ -51,17 +51,21 @@ def _decode(
     from .decode_launch import decode
 
     ranges = RowRanges(None, None, key_valid, None, dense_mask)
-    tensors = (query, key, value, slopes, key_valid, dense_mask, key_norm_bound)
-    launch = Launcher(signature_of("decode", tensors, options))
-    problem = _problem(query, key, value, slopes, ranges, *options, launch=launch)
-    rows = _new_rows(query, value)
-    decode(problem, rows.transpose(1, 2), key_norm_bound)
-    launch.done()
+    tensors = _with_unit_strides((query, key, value, slopes, key_valid, dense_mask, key_norm_bound))
+
+    def body(launcher: Launcher) -> tuple[torch.Tensor]:
+        query, key, value, slopes, *_, bound = tensors
+        problem = _problem(query, key, value, slopes, ranges, *options, launcher=launcher)
+        rows = launcher.empty(_rows_shape(query, value), query.dtype)
+        decode(problem, rows.transpose(1, 2), bound)
+        return (rows,)
+
+    (rows,) = run("decode", tensors, options, body)
     return rows
 
 
 def _decode_of_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
-    return _new_rows(query, value)
+    return query.new_empty(_rows_shape(query, value))
 
 
 _library.impl("entmax_decode", _decode, "CompositeExplicitAutograd")

@@ -8,7 +8,8 @@ import torch
 
 from .dense_backward import key_gradient_kernel, query_gradient_kernel
 from .dense_forward import ACTIVE_ROWS, KEY_BLOCK, dense_forward_kernel, key_norm_kernel
-from .problem import Problem, on_device, padded, rows_of
+from .launching import on_device
+from .problem import Problem, padded, rows_of
 from .short import short_backward_kernel, short_forward_kernel
 from .tiles import (
     UNSAMPLED_KEYS,
@@ -62,13 +63,14 @@ def new_dense_state(problem: Problem, *, for_backward: bool = True) -> DenseStat
     """Fresh state: an empty block map, and memory for the rest (tau alone if no backward pass will follow)."""
     query, value = problem.query, problem.value
     batch, heads, q_len, _ = query.shape
-    tau = query.new_empty(batch, heads, q_len, dtype=torch.float32)
+    empty = problem.launch.empty
+    tau = empty((batch, heads, q_len), torch.float32)
     if not for_backward or regime(problem) == "single":
-        return DenseState(tau, query.new_empty(0), query.new_empty(0, dtype=torch.uint8))
+        return DenseState(tau, empty((0,), query.dtype), empty((0,), torch.uint8))
     row_blocks = _blocks(q_len, map_rows(problem))
     key_blocks = _blocks(problem.key.shape[2], KEY_BLOCK)
-    block_map = query.new_zeros((batch * heads, row_blocks, key_blocks), dtype=torch.uint8)
-    return DenseState(tau, query.new_empty(batch, heads, q_len, value.shape[3]), block_map)
+    block_map = problem.launch.zeros((batch * heads, row_blocks, key_blocks), torch.uint8)
+    return DenseState(tau, empty((batch, heads, q_len, value.shape[3]), query.dtype), block_map)
 
 
 def largest_key_norms(problem: Problem) -> torch.Tensor:
@@ -76,11 +78,15 @@ def largest_key_norms(problem: Problem) -> torch.Tensor:
     key = problem.key
     batch, kv_heads, kv_len, head_dim = key.shape
     block = 128
-    norms = key.new_empty(batch * kv_heads, _blocks(kv_len, block), dtype=torch.float32)
-    with on_device(key):
+    norms = problem.launch.empty((batch * kv_heads, _blocks(kv_len, block)), torch.float32)
+    with on_device(key.device):
         problem.launch(
             key_norm_kernel, norms.numel(), rows_of(key), norms, kv_heads, kv_len, padded(head_dim), head_dim, block
         )
+    return problem.launch.torch(_row_maxima, norms)
+
+
+def _row_maxima(norms: torch.Tensor) -> torch.Tensor:
     return norms.amax(dim=1)
 
 
@@ -129,7 +135,7 @@ def dense_forward(
     largest_key: what largest_key_norms returned, if it was called.
     """
     if regime(problem) != "dense":
-        with on_device(problem.query):
+        with on_device(problem.launch.device):
             _short_forward(problem, output, state)
         return
     tiles = forward_tiles(problem)
@@ -137,7 +143,7 @@ def dense_forward(
     near_enough, accepted = _tolerances(problem)
     if largest_key is None and problem.slopes is not None:
         largest_key = largest_key_norms(problem)
-    with on_device(problem.query):
+    with on_device(problem.launch.device):
         problem.launch(
             dense_forward_kernel,
             problem.groups * _blocks(problem.query.shape[2], tiles.rows),
@@ -213,17 +219,17 @@ def dense_backward(
     active: as in dense_forward; key_grad and value_grad then hold those of the other rows, and are added to.
     """
     if regime(problem) == "single":
-        with on_device(grad):
+        with on_device(grad.device):
             _single_backward(problem, state, grad, query_grad, key_grad, value_grad)
         return
     batch, heads, q_len, _ = grad.shape
     kv_heads, kv_len = problem.key.shape[1:3]
     constants = problem.constants
-    rho = torch.empty_like(state.tau)
+    rho = problem.launch.empty(state.tau.shape, torch.float32)
     row_blocks, key_blocks = state.block_map.shape[1:]
     shared = (problem.masks, problem.scoring, problem.scale)
     inputs = (rows_of(problem.query), rows_of(problem.key), rows_of(problem.value), rows_of(grad), state.tau, rho)
-    with on_device(grad):
+    with on_device(grad.device):
         tiles = query_gradient_tiles(problem)
         programs = batch * heads * _blocks(q_len, tiles.rows)
         problem.launch(
@@ -233,7 +239,7 @@ def dense_backward(
             rows_of(state.mean_value),
             rows_of(query_grad),
             state.block_map,
-            grad.new_empty(programs, key_blocks, dtype=torch.int16),
+            problem.launch.empty((programs, key_blocks), torch.int16),
             active,
             *shared,
             **problem.lengths,
@@ -255,7 +261,7 @@ def dense_backward(
             rows_of(key_grad),
             rows_of(value_grad),
             state.block_map,
-            grad.new_empty(programs, row_blocks, dtype=torch.int16),
+            problem.launch.empty((programs, row_blocks), torch.int16),
             active,
             *shared,
             **problem.lengths,

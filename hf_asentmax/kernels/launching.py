@@ -1,33 +1,287 @@
-"""Launches that remember what an equal call compiled.
+"""Calls that remember what an equal call launched.
 
-Triton looks at every argument of every launch to find the compiled kernel, 25 to 55 microseconds of the host's time:
-more than many kernels take the GPU, and a call launches up to 30. What it finds depends on shapes, strides, types,
-alignment and options alone, so calls that agree in these launch the same kernels in the same order.
+Triton looks at every argument of every launch to find the compiled kernel, and Python plans the launches: a millisecond
+of the host's time for a call, more than many calls take the GPU. All of it depends on shapes, strides, types, alignment
+and options alone. So the second time that such a call is made, its new tensors and launches are recorded, and from the
+third time on they are repeated with other addresses.
 """
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Launcher", "forget", "signature_of"]
+__all__ = ["Launcher", "forget", "on_device", "run", "signature_of"]
 
 _REMEMBERED_CALLS = 512
+_ALIGNMENT = 512  # bytes, as PyTorch's own allocations
 
 
-class _Launch(NamedTuple):
-    kernel: Any  # JITFunction
+class Launcher:
+    """Makes the tensors of a call and launches its kernels, on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A new contiguous tensor."""
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A new contiguous tensor of zeros."""
+        return torch.zeros(tuple(shape), dtype=dtype, device=self.device)
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A new tensor, laid out as another."""
+        return torch.empty_like(tensor)
+
+    def torch(self, function: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+        """function(*tensors), of PyTorch's operations; what it returns, if anything, is one new tensor."""
+        return function(*tensors)
+
+    def __call__(self, kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+        """kernel[(programs,)](*arguments, **options)"""
+        kernel[(programs,)](*arguments, **options)
+
+
+class _Place(NamedTuple):
+    """An address: bytes after the beginning of a buffer."""
+
+    buffer: int
+    offset: int
+
+
+class _View(NamedTuple):
+    place: _Place
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class _Kernel(NamedTuple):
+    """A launch: `values` in the kernel's order, but for addresses, which `places` and `within` (tuples) say."""
+
     compiled: Any  # triton.compiler.CompiledKernel
-    options: tuple[str, ...]  # the arguments given by name, in the kernel's order
+    grid: tuple[int, int, int]
+    values: list[Any]
+    places: list[tuple[int, _Place]]
+    within: list[tuple[int, list[Any], list[tuple[int, _Place]]]]
 
 
-_remembered: OrderedDict[Hashable, list[_Launch]] = OrderedDict()
+class _Operation(NamedTuple):
+    """A PyTorch operation; result: the buffer that it makes, or None."""
+
+    function: Callable[..., Any]
+    views: list[_View]
+    result: int | None
 
 
-def signature_of(operation: str, tensors: Iterable[torch.Tensor | None], options: Iterable[Hashable]) -> Hashable:
+class _New(NamedTuple):
+    buffer: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    zero: bool
+
+
+class _Recorder(Launcher):
+    """Launches, and keeps a record. Buffers are numbered: the call's tensors first, then the new ones."""
+
+    def __init__(self, device: torch.device, tensors: Sequence[torch.Tensor | None]) -> None:
+        super().__init__(device)
+        self.tensors = tensors
+        self.count = len(tensors)
+        self.steps: list[_Kernel | _Operation] = []
+        self.new: dict[int, _New] = {}
+        self.made_at: dict[int, int] = {}
+        self.last_use: dict[int, int] = {}
+        self.bytes: dict[int, int] = {}
+        self.numbers: dict[int, int] = {}  # of the new tensors, by id: of those with one id the latest lives
+        self.aliases: list[tuple[int, int, int]] = []
+        self.complete = True  # the interpreter compiles nothing that could be launched again
+        # No tensor is kept for the record: where a storage's address comes back, the earlier tensor is gone
+        self._owners: dict[int, tuple[int, int]] = {}  # address of a storage -> (buffer, its address)
+        for index, tensor in enumerate(tensors):
+            if tensor is not None and tensor.numel():
+                storage, address = tensor.untyped_storage().data_ptr(), tensor.data_ptr()
+                owner, begin = self._owners.setdefault(storage, (index, address))
+                if owner != index:
+                    self.aliases.append((index, owner, address - begin))
+
+    def _register(self, tensor: torch.Tensor, zero: bool = False) -> torch.Tensor:
+        index = self.count
+        self.count += 1
+        self.new[index] = _New(index, tuple(tensor.shape), tensor.stride(), tensor.dtype, zero)
+        self.made_at[index] = len(self.steps)
+        self.numbers[id(tensor)] = index
+        if tensor.numel():
+            storage = tensor.untyped_storage()
+            self.bytes[index] = storage.nbytes()
+            self._owners[storage.data_ptr()] = (index, tensor.data_ptr())
+        return tensor
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._register(super().empty(shape, dtype))
+
+    def zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return self._register(super().zeros(shape, dtype), zero=True)
+
+    def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._register(super().empty_like(tensor))
+
+    def _place(self, tensor: torch.Tensor) -> _Place:
+        owner = self._owners.get(tensor.untyped_storage().data_ptr())
+        if owner is None:
+            self.complete = False
+            message = (
+                "hf_asentmax cannot repeat a call's launches (a tensor of unknown origin); it stays slower to launch"
+            )
+            warnings.warn(message, stacklevel=2)
+            return _Place(0, 0)
+        index, begin = owner
+        self.last_use[index] = len(self.steps)
+        return _Place(index, tensor.data_ptr() - begin)
+
+    def torch(self, function: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+        views = [_View(self._place(t), tuple(t.shape), t.stride(), t.dtype) for t in tensors]
+        result = function(*tensors)
+        made = isinstance(result, torch.Tensor)
+        step = _Operation(function, views, self.count if made else None)
+        if made:
+            self._register(result)
+        self.steps.append(step)
+        return result
+
+    def __call__(self, kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
+        compiled = kernel[(programs,)](*arguments, **options)
+        if compiled is None:
+            self.complete = False
+            return
+        values: list[Any] = [*arguments, *(options[name] for name in kernel.arg_names[len(arguments) :])]
+        step = _Kernel(compiled, (programs, 1, 1), values, [], [])
+        for index, value in enumerate(values):
+            if isinstance(value, torch.Tensor):
+                if value.numel():
+                    step.places.append((index, self._place(value)))
+                values[index] = 0
+            elif isinstance(value, tuple):
+                inner = [0 if isinstance(part, torch.Tensor) else part for part in value]
+                found = [(at, part) for at, part in enumerate(value) if isinstance(part, torch.Tensor)]
+                places = [(at, self._place(part)) for at, part in found if part.numel()]
+                values[index] = tuple(inner)
+                if places:
+                    step.within.append((index, inner, places))
+        self.steps.append(step)
+
+
+class _Recording:
+    """A call's new tensors and launches, to be repeated with other tensors of the same kind."""
+
+    def __init__(self, recorder: _Recorder, results: Sequence[torch.Tensor]) -> None:
+        self.device = recorder.device
+        self.steps = recorder.steps
+        self.aliases = recorder.aliases
+        self.results = [recorder.numbers[id(tensor)] for tensor in results]
+        self.count = recorder.count
+        made = {step.result for step in self.steps if isinstance(step, _Operation)}
+        used = {view.place.buffer for step in self.steps if isinstance(step, _Operation) for view in step.views}
+        # Tensors that PyTorch has to know are made one by one; the rest is workspace
+        known = {index for index, new in recorder.new.items() if index in used or index in self.results or new.zero}
+        self.new = [new for index, new in recorder.new.items() if index in known and index not in made]
+        workspace = [index for index in recorder.new if index not in known and index not in made]
+        self.offsets, self.workspace_bytes = _packed(
+            [
+                (index, recorder.made_at[index], recorder.last_use[index], recorder.bytes[index])
+                for index in workspace
+                if index in recorder.last_use  # only made, else
+            ]
+        )
+
+    def repeat(self, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor] | None:
+        """The results; None if tensors that lay in one storage when it was recorded lie elsewhere now."""
+        addresses: list[int] = [0] * self.count
+        buffers: dict[int, torch.Tensor] = {}
+        for index, tensor in enumerate(tensors):
+            if tensor is not None:
+                buffers[index] = tensor
+                addresses[index] = tensor.data_ptr()
+        for index, other, distance in self.aliases:
+            if addresses[index] - addresses[other] != distance:
+                return None
+        device = self.device
+        for number, shape, stride, dtype, zero in self.new:
+            tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            buffers[number] = tensor.zero_() if zero else tensor
+            addresses[number] = tensor.data_ptr()
+        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
+        begin = workspace.data_ptr()
+        for number, offset in self.offsets:
+            addresses[number] = begin + offset
+        with on_device(device):
+            stream = _stream(device)
+            for step in self.steps:
+                if isinstance(step, _Kernel):
+                    compiled, grid, template, places, within = step
+                    values = template.copy()
+                    for at, (number, offset) in places:
+                        values[at] = addresses[number] + offset
+                    for at, inner, inner_places in within:
+                        parts = inner.copy()
+                        for part, (number, offset) in inner_places:
+                            parts[part] = addresses[number] + offset
+                        values[at] = tuple(parts)
+                    compiled[grid](*values, stream=stream)
+                else:
+                    result = step.function(*(_viewed(buffers, view) for view in step.views))
+                    if step.result is not None:
+                        buffers[step.result] = result
+                        addresses[step.result] = result.data_ptr()
+        return [buffers[index] for index in self.results]
+
+
+def _packed(wanted: list[tuple[int, int, int, int]]) -> tuple[list[tuple[int, int]], int]:
+    """Offsets in one workspace for (number, first step, last step, bytes), and its size: apart if in use together."""
+    placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
+    offsets = []
+    for number, first, last, size in sorted(wanted, key=lambda item: -item[3]):
+        offset = 0
+        for begin, end, other_first, other_last in sorted(placed):
+            if other_first <= last and first <= other_last and begin < offset + size and offset < end:
+                offset = end
+        placed.append((offset, offset + -(-size // _ALIGNMENT) * _ALIGNMENT, first, last))
+        offsets.append((number, offset))
+    return offsets, max((end for _, end, _, _ in placed), default=0)
+
+
+def _viewed(buffers: dict[int, torch.Tensor], view: _View) -> torch.Tensor:
+    buffer = buffers[view.place.buffer]
+    if view.dtype != buffer.dtype:
+        buffer = buffer.view(view.dtype)
+    offset = buffer.storage_offset() + view.place.offset // view.dtype.itemsize
+    return buffer.as_strided(view.shape, view.stride, offset)
+
+
+def _stream(device: torch.device) -> int:
+    from triton.runtime import driver
+
+    return driver.active.get_current_stream(0 if device.index is None else device.index)
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager:
+    """Launches go to the GPU (a null context where they do anyway, and for the interpreter)."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def signature_of(
+    operation: str, tensors: Sequence[torch.Tensor | None], options: Sequence[Hashable]
+) -> tuple[Hashable, ...]:
     """What the launches of a call depend on: of its tensors all but their values, its options, deterministic mode."""
     return (
         operation,
@@ -36,10 +290,14 @@ def signature_of(operation: str, tensors: Iterable[torch.Tensor | None], options
         *(
             None
             if tensor is None
-            else (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16, tensor.device.index)
+            else (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16, tensor.get_device())
             for tensor in tensors
         ),
     )
+
+
+# None: such a call was made once.
+_remembered: OrderedDict[Hashable, _Recording | None] = OrderedDict()
 
 
 def forget() -> None:
@@ -47,34 +305,41 @@ def forget() -> None:
     _remembered.clear()
 
 
-class Launcher:
-    """The launches of one call, in order; on the current device.
+def run(
+    operation: str,
+    tensors: Sequence[torch.Tensor | None],
+    options: Sequence[Hashable],
+    body: Callable[[Launcher], Sequence[torch.Tensor]],
+) -> Sequence[torch.Tensor]:
+    """What body returns, or what repeating an equal call's launches gives.
 
-    signature: what calls with the same launches share (see signature_of); None: nothing is remembered.
+    Args:
+        operation: a name for the body.
+        tensors: all tensors whose values or addresses the body uses; the first says where it runs.
+        options: whatever else its launches depend on.
+        body: makes its new tensors and launches through the launcher that it gets, and returns new tensors.
     """
+    first = tensors[0]
+    assert first is not None
+    signature = signature_of(operation, tensors, options)
+    recording = _remembered.get(signature)
+    if recording is not None:
+        repeated = recording.repeat(tensors)
+        if repeated is not None:
+            return repeated
+        del _remembered[signature]
+    if signature not in _remembered:
+        results = body(Launcher(first.device))
+        _remember(signature, None)
+        return results
+    recorder = _Recorder(first.device, tensors)
+    results = body(recorder)
+    if recorder.complete:
+        _remember(signature, _Recording(recorder, results))
+    return results
 
-    def __init__(self, signature: Hashable = None) -> None:
-        self._signature = signature
-        self._known = None if signature is None else _remembered.get(signature)
-        self._made: list[_Launch] = []
-        self._next = 0
 
-    def __call__(self, kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
-        """kernel[(programs,)](*arguments, **options)"""
-        if self._known is None:
-            compiled = kernel[(programs,)](*arguments, **options)
-            if self._signature is not None and compiled is not None:  # None: the interpreter compiles nothing
-                by_name = tuple(kernel.arg_names[len(arguments) :])
-                self._made.append(_Launch(kernel, compiled, by_name))
-            return
-        known = self._known[self._next]
-        self._next += 1
-        assert known.kernel is kernel, f"expected a launch of {known.kernel}, got {kernel}"
-        known.compiled[(programs, 1, 1)](*arguments, *[options[name] for name in known.options])
-
-    def done(self) -> None:
-        """The call has launched all that it launches: equal calls may go by it."""
-        if self._made:
-            _remembered[self._signature] = self._made
-            while len(_remembered) > _REMEMBERED_CALLS:
-                _remembered.popitem(last=False)
+def _remember(signature: Hashable, recording: _Recording | None) -> None:
+    _remembered[signature] = recording
+    while len(_remembered) > _REMEMBERED_CALLS:
+        _remembered.popitem(last=False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .launching import Launcher, signature_of
+from .launching import Launcher, run
 from .row_ranges import RowRanges, row_ranges
 
 __all__ = ["as_autocast", "attention", "needs_gradient"]
@@ -25,14 +25,14 @@ def _problem(
     softcap: float | None,
     for_backward: bool = True,
     *,
-    launch: Launcher | None = None,
+    launcher: Launcher | None = None,
 ) -> Any:
     from .problem import Problem
 
     query, key, value = (_unit_stride(tensor) for tensor in (query, key, value))
     ranges = ranges._replace(key_valid=_as_bytes(ranges.key_valid), dense_mask=_as_bytes(ranges.dense_mask))
     options = (alpha, scale, is_causal, sliding_window, softcap)
-    return Problem(query, key, value, *options, slopes, ranges, for_backward, launch or Launcher())
+    return Problem(query, key, value, *options, slopes, ranges, for_backward, launcher)
 
 
 def _as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -44,13 +44,18 @@ def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _new_rows(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """(batch, q_len, heads, value_dim): what the operator returns, no view, so that it may be changed in place.
+def _with_unit_strides(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The operator's tensors, query, key and value with unit stride in their last dimension."""
+    return (*(_unit_stride(tensor) for tensor in tensors[:3]), *tensors[3:])
+
+
+def _rows_shape(query: torch.Tensor, value: torch.Tensor) -> tuple[int, int, int, int]:
+    """(batch, q_len, heads, value_dim): of what the operator returns, no view, so that it may be changed in place.
 
     Heads are next to value_dim, as models merge them afterwards.
     """
     batch, heads, q_len, _ = query.shape
-    return query.new_empty(batch, q_len, heads, value.shape[3])
+    return batch, q_len, heads, value.shape[3]
 
 
 # Defined by hand: the wrappers of torch.library.custom_op take the host about 0.1 ms a call.
@@ -75,13 +80,16 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """(output, (batch, q_len, heads, value_dim); regimes.State)"""
     from .regimes import forward
 
-    query, key, value, slopes, *ranges = arguments[:_INPUTS]
-    launch = Launcher(signature_of("forward", arguments[:_INPUTS], arguments[_INPUTS:]))
-    problem = _problem(query, key, value, slopes, RowRanges(*ranges), *arguments[_INPUTS:], launch=launch)
-    output = _new_rows(query, value)
-    state = forward(problem, output.transpose(1, 2))
-    launch.done()
-    return output, list(state)
+    tensors, options = _with_unit_strides(arguments[:_INPUTS]), arguments[_INPUTS:]
+
+    def body(launcher: Launcher) -> tuple[torch.Tensor, ...]:
+        query, key, value, slopes, *ranges = tensors
+        problem = _problem(query, key, value, slopes, RowRanges(*ranges), *options, launcher=launcher)
+        output = launcher.empty(_rows_shape(query, value), query.dtype)
+        return output, *forward(problem, output.transpose(1, 2))
+
+    output, *state = run("forward", tensors, options, body)
+    return output, state
 
 
 def _forward_of_shapes(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -89,20 +97,24 @@ def _forward_of_shapes(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor
 
     query, key, value, slopes, *ranges = arguments[:_INPUTS]
     problem = _problem(query, key, value, slopes, RowRanges(*ranges), *arguments[_INPUTS:])
-    return _new_rows(query, value), list(new_state(problem))
+    return query.new_empty(_rows_shape(query, value)), list(new_state(problem))
 
 
 def _backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv), laid out as query, key and value are; grad is as the operator's output."""
     from .regimes import State, backward
 
-    query, key, value, slopes, *ranges = arguments[:_INPUTS]
+    tensors = _with_unit_strides(arguments[:_INPUTS])
+    grad = _unit_stride(grad)
     state, *options = arguments[_INPUTS:]
-    launch = Launcher(signature_of("backward", (grad, *arguments[:_INPUTS], *state), options))
-    problem = _problem(query, key, value, slopes, RowRanges(*ranges), *options, launch=launch)
-    grads = backward(problem, State(*state), _unit_stride(grad).transpose(1, 2))
-    launch.done()
-    return grads
+
+    def body(launcher: Launcher) -> tuple[torch.Tensor, ...]:
+        query, key, value, slopes, *ranges = tensors
+        problem = _problem(query, key, value, slopes, RowRanges(*ranges), *options, launcher=launcher)
+        return backward(problem, State(*state), grad.transpose(1, 2))
+
+    query_grad, key_grad, value_grad = run("backward", (grad, *tensors, *state), options, body)
+    return query_grad, key_grad, value_grad
 
 
 def _backward_of_shapes(_: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +13,7 @@ from .device import Masks, Rows, Scoring
 from .launching import Launcher
 from .row_ranges import RowRanges
 
-__all__ = ["Problem", "on_device", "padded", "rows_of"]
+__all__ = ["Problem", "padded", "rows_of"]
 
 # Wider than any call is long; with a position added, it still fits into 32 bits.
 _LARGEST_WINDOW = 1 << 30
@@ -31,7 +30,7 @@ class Problem:
         slopes: (heads,) float32, or None.
         ranges: padding, packing and a free mask.
         for_backward: a backward pass may follow.
-        launch: how the call launches its kernels.
+        launcher: makes its tensors and launches its kernels; None for a plain one.
     """
 
     query: torch.Tensor
@@ -45,7 +44,11 @@ class Problem:
     slopes: torch.Tensor | None
     ranges: RowRanges
     for_backward: bool = True
-    launch: Launcher = field(default_factory=Launcher)
+    launcher: Launcher | None = None
+
+    @cached_property
+    def launch(self) -> Launcher:
+        return self.launcher or Launcher(self.query.device)
 
     @cached_property
     def width(self) -> int:
@@ -144,10 +147,3 @@ def padded(dim: int) -> int:
 
 def rows_of(tensor: torch.Tensor) -> Rows:
     return Rows(tensor, *tensor.stride()[:3])
-
-
-def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager:
-    """Launches go to the tensor's GPU (a null context where they do anyway, and for the interpreter)."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)

@@ -54,8 +54,8 @@ def _uses_lists(problem: Problem) -> bool:
     return problem.key.shape[2] >= SPARSE_FROM and sparse_unsupported_reason(problem) is None
 
 
-def _no_lists(query: torch.Tensor) -> SparseLists:
-    return SparseLists(*(query.new_empty(0, dtype=dtype) for dtype in (torch.int32,) * 4 + (torch.uint8,)))
+def _no_lists(problem: Problem) -> SparseLists:
+    return SparseLists(*(problem.launch.empty((0,), dtype) for dtype in (torch.int32,) * 4 + (torch.uint8,)))
 
 
 def new_state(problem: Problem) -> State:
@@ -63,16 +63,16 @@ def new_state(problem: Problem) -> State:
     query = problem.query
     dense = new_dense_state(problem, for_backward=problem.for_backward)
     if not problem.for_backward or not _uses_lists(problem):
-        return State(*dense, *_no_lists(query))
+        return State(*dense, *_no_lists(problem))
     q_len = query.shape[2]
     capacity = list_capacity(problem, sparse_tiles(query.dtype, query.shape[3]))
-    listed = query.new_empty(problem.groups, capacity, dtype=torch.int32)
-    offsets = query.new_empty(problem.groups, q_len, dtype=torch.int32)
+    empty = problem.launch.empty
+    listed = empty((problem.groups, capacity), torch.int32)
+    offsets, counts = (empty((problem.groups, q_len), torch.int32) for _ in range(2))
     batch, kv_heads, kv_len, _ = problem.key.shape
     columns = (batch * kv_heads, kv_len) if keeps_weights(problem) else (0,)
-    overflow = query.new_empty(problem.groups, -(-q_len // ACTIVE_ROWS), dtype=torch.uint8)
-    lists = (listed, offsets, torch.empty_like(offsets), query.new_empty(columns, dtype=torch.int32), overflow)
-    return State(*dense, *lists)
+    overflow = empty((problem.groups, -(-q_len // ACTIVE_ROWS)), torch.uint8)
+    return State(*dense, listed, offsets, counts, empty(columns, torch.int32), overflow)
 
 
 def forward(problem: Problem, output: torch.Tensor) -> State:
@@ -80,12 +80,12 @@ def forward(problem: Problem, output: torch.Tensor) -> State:
     dense = new_dense_state(problem, for_backward=problem.for_backward)
     if not _uses_lists(problem):
         dense_forward(problem, output, dense)
-        return State(*dense, *_no_lists(problem.query))
+        return State(*dense, *_no_lists(problem))
     largest_key = largest_key_norms(problem)
     mean_value = dense.mean_value if problem.for_backward else None
     lists = sparse_forward(problem, output, dense.tau, mean_value, largest_key)
     dense_forward(problem, output, dense, active=lists.overflow, largest_key=largest_key)
-    return State(*dense, *(lists if problem.for_backward else _no_lists(problem.query)))
+    return State(*dense, *(lists if problem.for_backward else _no_lists(problem)))
 
 
 def _parts(problem: Problem, capacity: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -110,13 +110,17 @@ def backward(problem: Problem, state: State, grad: torch.Tensor) -> tuple[torch.
     dk and dv of the lists are summed in an order that changes from run to run in the last bits, unless
     torch.use_deterministic_algorithms asks for the slower way.
     """
-    query_grad, key_grad, value_grad = (torch.empty_like(t) for t in (problem.query, problem.key, problem.value))
+    query_grad, key_grad, value_grad = (
+        problem.launch.empty_like(t) for t in (problem.query, problem.key, problem.value)
+    )
     if state.overflow.numel() == 0:  # the forward pass kept no lists
         dense_backward(problem, DenseState(*state[:3]), grad, query_grad, key_grad, value_grad)
         return query_grad, key_grad, value_grad
     deterministic = torch.are_deterministic_algorithms_enabled()
     heads, kv_heads = problem.query.shape[1], problem.key.shape[1]
-    ends = column_ends(state.column_counts)
+    ends = state.column_counts
+    if ends.numel():
+        ends = problem.launch.torch(column_ends, ends)
     for entries, query_heads, key_heads in _parts(problem, state.listed.shape[1]):
         part = problem.part(entries, query_heads, key_heads)
         first, first_kv = entries.start * heads + query_heads.start, entries.start * kv_heads + key_heads.start

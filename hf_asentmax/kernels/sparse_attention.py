@@ -6,11 +6,13 @@ the launches depend on shapes alone.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from .problem import Problem, on_device, rows_of
+from .launching import on_device
+from .problem import Problem, rows_of
 from .sparse_backward import column_gradient_kernel, fixed_to_float_kernel, list_backward_kernel
 from .sparse_bounds import row_bounds_kernel
 from .sparse_lists import expand_kernel, list_forward_kernel
@@ -185,38 +187,35 @@ def sparse_forward(
     query = problem.query
     q_len, kv_len = query.shape[2], problem.key.shape[2]
     tiles = tiles or sparse_tiles(query.dtype, query.shape[3])
-    device = query.device
     groups = problem.groups
+    launch, empty = problem.launch, problem.launch.empty
     capacity = list_capacity(problem, tiles)
-    listed = torch.empty((groups, capacity), dtype=torch.int32, device=device)
-    offsets = torch.empty((groups, q_len), dtype=torch.int32, device=device)
-    counts = torch.empty_like(offsets)
-    used = torch.zeros(groups, dtype=torch.int32, device=device)
+    listed = empty((groups, capacity), torch.int32)
+    offsets, counts = (empty((groups, q_len), torch.int32) for _ in range(2))
+    used = launch.zeros((groups,), torch.int32)
     packed = mean_value is not None and keeps_weights(problem)
     columns = (problem.key.shape[0] * problem.key.shape[1], kv_len) if packed else (0,)
-    column_counts = torch.zeros(columns, dtype=torch.int32, device=device)
-    overflow = torch.zeros((groups, -(-q_len // ROW_BLOCK)), dtype=torch.uint8, device=device)
+    column_counts = launch.zeros(columns, torch.int32)
+    overflow = launch.zeros((groups, -(-q_len // ROW_BLOCK)), torch.uint8)
 
     maxima_type = torch.float32 if query.dtype == torch.float32 else torch.bfloat16
     blocks = -(-kv_len // tiles.maxima_keys) * (tiles.maxima_keys // tiles.block)
     all_tiles = groups * -(-q_len // tiles.rows)
     tile_bytes = tiles.rows * (blocks * maxima_type.itemsize + tiles.words * 4) + blocks * 4
     at_once = max(1, min(all_tiles, _WORKSPACE_BYTES // tile_bytes))
-    maxima = torch.empty((at_once, blocks, tiles.rows), dtype=maxima_type, device=device)
-    tops = torch.empty((at_once, tiles.rows), dtype=torch.float32, device=device)
-    bounds = torch.empty_like(tops)
-    spans = torch.empty((at_once, 5), dtype=torch.int32, device=device)
-    active = torch.empty((at_once, blocks), dtype=torch.int32, device=device)
-    active_counts = torch.empty((at_once, 2), dtype=torch.int32, device=device)
-    entries = torch.empty((at_once, tiles.rows, tiles.words), dtype=torch.int32, device=device)
-    entry_counts = torch.empty((at_once, tiles.rows, LISTERS.value), dtype=torch.int32, device=device)
+    maxima = empty((at_once, blocks, tiles.rows), maxima_type)
+    tops, bounds = (empty((at_once, tiles.rows), torch.float32) for _ in range(2))
+    spans = empty((at_once, 5), torch.int32)
+    active, active_counts = empty((at_once, blocks), torch.int32), empty((at_once, 2), torch.int32)
+    entries = empty((at_once, tiles.rows, tiles.words), torch.int32)
+    entry_counts = empty((at_once, tiles.rows, LISTERS.value), torch.int32)
 
     q, k, v, out = (rows_of(tensor) for tensor in (query, problem.key, problem.value, output))
     mean = None if mean_value is None else rows_of(mean_value)
     masks, scoring, lengths, constants = problem.masks, problem.scoring, problem.lengths, problem.constants
     dims = {name: constants[name] for name in ("D", "HEAD_DIM")}
     value_dims = {name: constants[name] for name in ("DV", "VALUE_DIM")}
-    with on_device(query):
+    with on_device(query.device):
         problem.launch(
             pilot_kernel, overflow.numel(),
             q, k, largest_key, overflow, masks, scoring, **lengths, ROOM=tiles.room, ROW_BLOCK=ROW_BLOCK,
@@ -293,6 +292,7 @@ def sparse_backward(
     query = problem.query
     tiles = tiles or sparse_tiles(query.dtype, query.shape[3])
     packed = keeps_weights(problem)
+    launch = problem.launch
     dims = {name: problem.constants[name] for name in ("D", "HEAD_DIM", "DV", "VALUE_DIM")}
     capacity = lists.listed.shape[1]
     kv_groups, kv_len = problem.key.shape[0] * problem.key.shape[1], problem.key.shape[2]
@@ -300,13 +300,15 @@ def sparse_backward(
     by_columns = packed and not deterministic
     keys = values = units = records = None
     if by_columns:
-        records = torch.empty((kv_groups, members * capacity), dtype=torch.int64, device=grad.device)
+        records = launch.empty((kv_groups, members * capacity), torch.int64)
     else:
         dtype = torch.int64 if deterministic else torch.float32
-        units = _units(problem, grad) if deterministic else None
-        keys, values = (torch.zeros(t.shape, dtype=dtype, device=grad.device) for t in (problem.key, problem.value))
+        units = None
+        if deterministic:
+            units = launch.torch(partial(_units, problem.scale), problem.query, problem.value, grad)
+        keys, values = (launch.zeros(t.shape, dtype) for t in (problem.key, problem.value))
     q, do = rows_of(query), rows_of(grad)
-    with on_device(query):
+    with on_device(query.device):
         problem.launch(
             list_backward_kernel, problem.groups * -(-query.shape[2] // tiles.grad_rows),
             q, rows_of(problem.key), rows_of(problem.value), do, rows_of(mean_value), rows_of(query_grad),
@@ -326,7 +328,7 @@ def sparse_backward(
         assert keys is not None and values is not None
         for which, (sums, result) in enumerate(((keys, key_grad), (values, value_grad))):
             if units is not None:
-                exact = torch.empty_like(sums, dtype=torch.float32)
+                exact = launch.empty(sums.shape, torch.float32)
                 problem.launch(
                     fixed_to_float_kernel,
                     -(-sums.numel() // 1024),
@@ -338,16 +340,20 @@ def sparse_backward(
                     BLOCK=1024,
                 )
                 sums = exact
-            result.copy_(sums)
+            launch.torch(_copy, result, sums)
 
 
-def _units(problem: Problem, grad: torch.Tensor) -> torch.Tensor:
+def _copy(result: torch.Tensor, values: torch.Tensor) -> None:
+    result.copy_(values)
+
+
+def _units(scale: float, query: torch.Tensor, value: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     """(2,) float32 powers of two: 2^40 over the largest term that a row can add to dk and dv.
 
     p <= 1 and s <= 1, so |dz| <= 2 max|do||v|; up to 2^22 terms then fit into 63 bits.
     """
-    value_norm = problem.value.float().square().sum(-1).amax().sqrt()
+    value_norm = value.float().square().sum(-1).amax().sqrt()
     product = grad.float().square().sum(-1).amax().sqrt() * value_norm
-    key_term = 2.0 * product * problem.query.abs().amax().float() * problem.scale
+    key_term = 2.0 * product * query.abs().amax().float() * scale
     terms = torch.stack([key_term, grad.abs().amax().float()]).clamp_min(1e-20)
     return torch.exp2(40.0 - torch.ceil(torch.log2(terms)))

@@ -68,16 +68,21 @@ class ScoreJitter:
             if noise > 0:
                 layer.self_attn.k_proj.register_forward_hook(self._noisy)
 
-    def draw(self, size: int, length: int, generator: torch.Generator) -> None:
-        """New factors and noise for the next batch, of `size` samples and `length` positions."""
+    def draw(self, size: int, length: int, generator: torch.Generator, strength: float = 1.0) -> None:
+        """New factors and noise for the next batch, of `size` samples and `length` positions.
+
+        strength: how much of all of it, from 0 (none) to 1.
+        """
         device = generator.device
         uniform = torch.rand((size, 1, 1), generator=generator, device=device)
-        self._factor = self.low + (1 - self.low) * uniform
+        self._factor = 1 - strength * (1 - self.low) * uniform
         if self.drop > 0:
-            kept = torch.rand((size, 1, self._channels), generator=generator, device=device) >= self.drop
+            kept = torch.rand((size, 1, self._channels), generator=generator, device=device) >= strength * self.drop
             self._factor = self._factor * kept
         if self.noise > 0:
-            self._added = self.noise * torch.randn((size, length, self._channels), generator=generator, device=device)
+            self._added = (
+                strength * self.noise * torch.randn((size, length, self._channels), generator=generator, device=device)
+            )
 
     def lowest(self, size: int, device: torch.device) -> None:
         """The smallest factor for each of `size` samples, without noise: one hard view for all of them."""

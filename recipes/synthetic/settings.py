@@ -39,6 +39,10 @@ class RunSettings:
     key_noise: float = flag(
         0.0, "normal noise on the keys of heads without ALiBi in training, as a share of their root mean square"
     )
+    ease_in: int = flag(
+        0,
+        "updates over which jitter, channel drop and key noise come in once the plateau is left; 0: on from the start",
+    )
     hard_candidates: int = flag(1, "train on the hardest `batch` of this many times as many samples, by their loss")
     hard_from: float = flag(0.5, "part of the run after which the hardest are chosen")
     alpha: float | None = flag(None, "entmax's alpha, in place of the method's")

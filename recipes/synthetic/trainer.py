@@ -176,7 +176,7 @@ class Trainer:
             hf_asentmax.set_alpha(self.model, alpha)
             self.alpha = alpha
         batch = self._next_batch(progress)
-        self.jitter.draw(len(batch), batch.inputs.shape[1], self.data)
+        self.jitter.draw(len(batch), batch.inputs.shape[1], self.data, self._eased_in())
         loss = self._losses(batch, "mean")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.task.lr, self.step, progress, settings)
@@ -185,6 +185,14 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_sum += loss.detach()
+
+    def _eased_in(self) -> float:
+        """How much of the changes of scores is on: all, or from none to all after the plateau has been left."""
+        if self.settings.ease_in == 0:
+            return 1.0
+        if self.left_plateau is None:
+            return 0.0
+        return min(1.0, (self.step - self.left_plateau["step"]) / self.settings.ease_in)
 
     def _next_batch(self, progress: float) -> Batch:
         settings = self.settings

@@ -183,6 +183,20 @@ def test_jitter_draws_one_factor_a_sample() -> None:
     assert 0.5 <= float(factor.min()) < 0.51 and 0.99 < float(factor.max()) <= 1.0
 
 
+def test_changes_of_scores_come_in_after_the_plateau(tmp_path: Path) -> None:
+    settings = RunSettings(steps=8, batch=4, log_every=2, jitter=0.5, ease_in=4, plateau=1e9)
+    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
+    assert trainer._eased_in() == 0.0
+    trainer.jitter.draw(4, 9, torch.Generator().manual_seed(0), 0.0)
+    assert trainer.jitter._factor is not None and bool((trainer.jitter._factor == 1).all())
+    trainer.run()
+    assert trainer.left_plateau is not None and trainer.left_plateau["step"] == 2
+    trainer.step = 4
+    assert trainer._eased_in() == 0.5
+    trainer.step = 100
+    assert trainer._eased_in() == 1.0
+
+
 def test_channels_are_left_out_sample_by_sample() -> None:
     jitter = ScoreJitter(build_model(SMALL, "entmax", "nape"), 1.0, 2, drop=0.25)
     jitter.draw(1000, 9, torch.Generator().manual_seed(0))
@@ -262,7 +276,8 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     task = replace(SMALL, near_misses_end=1.0, one_letter_end=0.3, min_queries=1, max_queries=5)
     settings = RunSettings(
         steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, channel_drop=0.1, key_noise=0.1, hard_candidates=2,
-        warmup=3, validations=2, validate_multiple=1, validate_samples=4, alpha_start=1.1, alpha_until=0.6,
+        ease_in=3, plateau=1e9, warmup=3, validations=2, validate_multiple=1, validate_samples=4,
+        alpha_start=1.1, alpha_until=0.6,
     )  # fmt: skip
     straight, resumed = trained(tmp_path / "a", task, settings), trained(tmp_path / "b", task, settings, stops=True)
     assert len(straight.log) == 3 and len(straight.validations) == 2
