@@ -54,13 +54,19 @@ def _softplus(inputs: torch.Tensor) -> torch.Tensor:
     return torch.logaddexp(inputs, inputs.new_zeros(()))
 
 
-def _projected(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """weight inputs + bias. For one row as a sum of products, which torch.compile fuses with what comes after: the
-    library's product with a few outputs takes three kernels, longer than the rest of the scaling (decoding)."""
+def _projected(
+    inputs: torch.Tensor, weights: tuple[torch.Tensor, ...], biases: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """weight inputs + bias for each weight, in few kernels: their number is what counts at this size.
+
+    For one row (decoding) sums of products, which torch.compile fuses with what comes after, where a library's product
+    takes three kernels each; else one product for all.
+    """
     if inputs.shape[1] == 1:
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        return (inputs.to(dtype)[:, :, None] * weight.to(dtype)).sum(dim=-1) + bias
-    return nn.functional.linear(inputs, weight, bias)
+        dtype = torch.promote_types(weights[0].dtype, torch.float32)
+        row = inputs.to(dtype)[:, :, None]
+        return tuple((row * weight.to(dtype)).sum(dim=-1) + bias for weight, bias in zip(weights, biases, strict=True))
+    return nn.functional.linear(inputs, torch.cat(weights), torch.cat(biases)).chunk(len(weights), dim=-1)
 
 
 class SSMaxScaling(LengthScaling):
@@ -115,8 +121,10 @@ class AsentmaxScaling(LengthScaling):
     def forward(self, hidden_states: torch.Tensor, visible_count: torch.Tensor) -> torch.Tensor:
         dtype = _factor_dtype(self.beta_weight)
         inputs = hidden_states.to(self.beta_weight.dtype)
-        beta = _softplus(_projected(inputs, self.beta_weight, self.beta_bias).to(dtype))
-        gamma = torch.tanh(_projected(inputs, self.gamma_weight, self.gamma_bias).to(dtype))
+        beta, gamma = _projected(
+            inputs, (self.beta_weight, self.gamma_weight), (self.beta_bias, self.gamma_bias)
+        )  # fmt: skip
+        beta, gamma = _softplus(beta.to(dtype)), torch.tanh(gamma.to(dtype))
         beta, gamma = beta.transpose(1, 2), self.gamma_range * gamma.transpose(1, 2)
         return self.delta + beta * _log_count(visible_count, 1, dtype).pow(gamma)
 
