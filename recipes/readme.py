@@ -28,6 +28,11 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def _short(commit: str) -> str:
+    """A commit's first characters; what says more than a commit is left as it is."""
+    return commit[:10] if re.fullmatch("[0-9a-f]{40}", commit) else commit
+
+
 def origin(content: dict[str, Any]) -> str:
     """One sentence that says where numbers come from."""
     device, versions = content["device"]["name"], content["versions"]
@@ -35,7 +40,7 @@ def origin(content: dict[str, Any]) -> str:
     seeds_text = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
     return (
         f"`{content['command']}`, {seeds_text}, on {device}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, commit {content['commit'][:10]}."
+        f"transformers {versions['transformers']}, commit {_short(content['commit'])}."
     )
 
 
@@ -179,12 +184,36 @@ def training_step(content: dict[str, Any]) -> str:
     )
 
 
+def generate(content: dict[str, Any]) -> str:
+    """Tokens a second of generation beside the same model on sdpa."""
+    columns = ["size", "context", "query projections x", "model", "tokens a second", "times sdpa's"]
+    rows = [
+        [
+            row["size"],
+            f"{row['context']:,}",
+            f"{row['sharpen']:g}",
+            row["method"],
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['times_faster_than_sdpa']:.2f}",
+        ]
+        for row in content["rows"]
+    ]
+    return "\n\n".join(
+        [
+            "Generation, one sequence, static cache, compiled with CUDA graphs:",
+            markdown_table(columns, rows),
+            origin(content),
+        ]
+    )
+
+
 BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "quickstart": ("quickstart/results.json", quickstart),
     "pretrain": ("pretrain/results.json", pretrain),
     "benchmark": ("benchmark/attention.json", benchmark),
     "decode": ("benchmark/decode.json", decode),
     "training step": ("benchmark/training_step.json", training_step),
+    "generate": ("benchmark/generate.json", generate),
 }
 
 

@@ -87,12 +87,13 @@ def plot(content: dict[str, Any], path: Path, head_dim: int = 64) -> None:
     figure, axes = pyplot.subplots(
         1, max(1, len(curves)), figsize=(3.4 * max(1, len(curves)), 3.4), dpi=160, sharey=True, squeeze=False
     )
+    lines: dict[str, Any] = {}
     for panel, (kind, methods) in zip(axes[0], curves.items(), strict=False):
         styles = {"ours": OURS, **dict(zip(PEERS, OTHERS, strict=False))}
         for name in (name for name in styles if name in methods):
             colour, marker = styles[name]
             lengths, times = zip(*sorted(methods[name]), strict=True)
-            panel.plot(lengths, times, color=colour, marker=marker, markersize=4, label=name)
+            (lines[name],) = panel.plot(lengths, times, color=colour, marker=marker, markersize=4)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
         panel.set_title(kind, fontsize=10)
@@ -100,7 +101,7 @@ def plot(content: dict[str, Any], path: Path, head_dim: int = 64) -> None:
         panel.grid(color="#e5e5e5", linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("forward and backward, ms a head")
-    axes[0][0].legend(frameon=False, fontsize=7)
+    axes[0][0].legend(list(lines.values()), list(lines), frameon=False, fontsize=7)
     save_figure(figure, path)
 
 
