@@ -36,12 +36,12 @@ class DenseState(NamedTuple):
         mean_value: (batch, heads, q_len, value_dim), sum_j s_j v_j / sum_j s_j with s = p^(2 - alpha).
         block_map: (batch * heads, row blocks, key blocks) uint8, see dense_forward.KEY_BLOCK.
             Where one program does a head (tiles.regime "single"), or no backward pass follows, mean_value and
-            block_map are empty.
+            block_map are None.
     """
 
     tau: torch.Tensor
-    mean_value: torch.Tensor
-    block_map: torch.Tensor
+    mean_value: torch.Tensor | None = None
+    block_map: torch.Tensor | None = None
 
 
 def _blocks(length: int, size: int) -> int:
@@ -66,7 +66,7 @@ def new_dense_state(problem: Problem, *, for_backward: bool = True) -> DenseStat
     empty = problem.launch.empty
     tau = empty((batch, heads, q_len), torch.float32)
     if not for_backward or regime(problem) == "single":
-        return DenseState(tau, empty((0,), query.dtype), empty((0,), torch.uint8))
+        return DenseState(tau)
     row_blocks = _blocks(q_len, map_rows(problem))
     key_blocks = _blocks(problem.key.shape[2], KEY_BLOCK)
     block_map = problem.launch.zeros((batch * heads, row_blocks, key_blocks), torch.uint8)
@@ -91,7 +91,6 @@ def _row_maxima(norms: torch.Tensor) -> torch.Tensor:
 
 
 def _short_forward(problem: Problem, output: torch.Tensor, state: DenseState) -> None:
-    alone = state.block_map.numel() == 0
     rows = short_rows(problem)
     kv_len = problem.key.shape[2]
     width = padded(kv_len)
@@ -102,9 +101,9 @@ def _short_forward(problem: Problem, output: torch.Tensor, state: DenseState) ->
         rows_of(problem.key),
         rows_of(problem.value),
         rows_of(output),
-        None if alone else rows_of(state.mean_value),
+        None if state.mean_value is None else rows_of(state.mean_value),
         state.tau,
-        None if alone else state.block_map,
+        state.block_map,
         problem.masks,
         problem.scoring,
         **problem.lengths,
@@ -139,7 +138,6 @@ def dense_forward(
             _short_forward(problem, output, state)
         return
     tiles = forward_tiles(problem)
-    alone = state.block_map.numel() == 0
     near_enough, accepted = _tolerances(problem)
     if largest_key is None and problem.slopes is not None:
         largest_key = largest_key_norms(problem)
@@ -151,9 +149,9 @@ def dense_forward(
             rows_of(problem.key),
             rows_of(problem.value),
             rows_of(output),
-            None if alone else rows_of(state.mean_value),
+            None if state.mean_value is None else rows_of(state.mean_value),
             state.tau,
-            None if alone else state.block_map,
+            state.block_map,
             largest_key,
             active,
             problem.masks,
@@ -222,6 +220,7 @@ def dense_backward(
         with on_device(grad.device):
             _single_backward(problem, state, grad, query_grad, key_grad, value_grad)
         return
+    assert state.mean_value is not None and state.block_map is not None
     batch, heads, q_len, _ = grad.shape
     kv_heads, kv_len = problem.key.shape[1:3]
     constants = problem.constants

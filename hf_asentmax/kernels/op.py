@@ -77,7 +77,7 @@ _INPUTS = 9  # tensors among the arguments, and None where there is none
 
 
 def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(output, (batch, q_len, heads, value_dim); regimes.State)"""
+    """(output, (batch, q_len, heads, value_dim); tensors of regimes.State, none if no backward pass will follow)"""
     from .regimes import forward
 
     tensors, options = _with_unit_strides(arguments[:_INPUTS]), arguments[_INPUTS:]
@@ -86,7 +86,8 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
         query, key, value, slopes, *ranges = tensors
         problem = _problem(query, key, value, slopes, RowRanges(*ranges), *options, launcher=launcher)
         output = launcher.empty(_rows_shape(query, value), query.dtype)
-        return output, *forward(problem, output.transpose(1, 2))
+        state = forward(problem, output.transpose(1, 2))
+        return output, *(state.tensors() if problem.for_backward else ())
 
     output, *state = run("forward", tensors, options, body)
     return output, state
@@ -97,7 +98,8 @@ def _forward_of_shapes(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor
 
     query, key, value, slopes, *ranges = arguments[:_INPUTS]
     problem = _problem(query, key, value, slopes, RowRanges(*ranges), *arguments[_INPUTS:])
-    return query.new_empty(_rows_shape(query, value)), list(new_state(problem))
+    state = new_state(problem).tensors() if problem.for_backward else []
+    return query.new_empty(_rows_shape(query, value)), state
 
 
 def _backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

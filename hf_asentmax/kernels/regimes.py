@@ -37,25 +37,25 @@ _BACKWARD_BYTES = 112 << 20
 class State(NamedTuple):
     """What a call leaves for its backward pass: dense_launch.DenseState and sparse_attention.SparseLists.
 
-    The lists are empty where the dense regime does all rows, and where no backward pass will follow.
+    Without lists where the dense regime does all rows, and where no backward pass will follow.
     """
 
     tau: torch.Tensor
-    mean_value: torch.Tensor
-    block_map: torch.Tensor
-    listed: torch.Tensor
-    offsets: torch.Tensor
-    counts: torch.Tensor
-    column_counts: torch.Tensor
-    overflow: torch.Tensor
+    mean_value: torch.Tensor | None = None
+    block_map: torch.Tensor | None = None
+    listed: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+    column_counts: torch.Tensor | None = None
+    overflow: torch.Tensor | None = None
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that there are; State(*tensors) is the state again, as only the last ones can be missing."""
+        return [tensor for tensor in self if tensor is not None]
 
 
 def _uses_lists(problem: Problem) -> bool:
     return problem.key.shape[2] >= SPARSE_FROM and sparse_unsupported_reason(problem) is None
-
-
-def _no_lists(problem: Problem) -> SparseLists:
-    return SparseLists(*(problem.launch.empty((0,), dtype) for dtype in (torch.int32,) * 4 + (torch.uint8,)))
 
 
 def new_state(problem: Problem) -> State:
@@ -63,7 +63,7 @@ def new_state(problem: Problem) -> State:
     query = problem.query
     dense = new_dense_state(problem, for_backward=problem.for_backward)
     if not problem.for_backward or not _uses_lists(problem):
-        return State(*dense, *_no_lists(problem))
+        return State(*dense)
     q_len = query.shape[2]
     capacity = list_capacity(problem, sparse_tiles(query.dtype, query.shape[3]))
     empty = problem.launch.empty
@@ -80,12 +80,12 @@ def forward(problem: Problem, output: torch.Tensor) -> State:
     dense = new_dense_state(problem, for_backward=problem.for_backward)
     if not _uses_lists(problem):
         dense_forward(problem, output, dense)
-        return State(*dense, *_no_lists(problem))
+        return State(*dense)
     largest_key = largest_key_norms(problem)
     mean_value = dense.mean_value if problem.for_backward else None
     lists = sparse_forward(problem, output, dense.tau, mean_value, largest_key)
     dense_forward(problem, output, dense, active=lists.overflow, largest_key=largest_key)
-    return State(*dense, *(lists if problem.for_backward else _no_lists(problem)))
+    return State(*dense, *lists) if problem.for_backward else State(*dense)
 
 
 def _parts(problem: Problem, capacity: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -113,32 +113,39 @@ def backward(problem: Problem, state: State, grad: torch.Tensor) -> tuple[torch.
     query_grad, key_grad, value_grad = (
         problem.launch.empty_like(t) for t in (problem.query, problem.key, problem.value)
     )
-    if state.overflow.numel() == 0:  # the forward pass kept no lists
-        dense_backward(problem, DenseState(*state[:3]), grad, query_grad, key_grad, value_grad)
+    tau, mean_value, block_map, *kept = state
+    all_lists = [tensor for tensor in kept if tensor is not None]
+    if not all_lists:
+        dense_backward(problem, DenseState(tau, mean_value, block_map), grad, query_grad, key_grad, value_grad)
         return query_grad, key_grad, value_grad
+    assert mean_value is not None and block_map is not None
+    listed, offsets, counts, column_counts, overflow = all_lists
     deterministic = torch.are_deterministic_algorithms_enabled()
     heads, kv_heads = problem.query.shape[1], problem.key.shape[1]
-    ends = state.column_counts
+    ends = column_counts
     if ends.numel():
         ends = problem.launch.torch(column_ends, ends)
-    for entries, query_heads, key_heads in _parts(problem, state.listed.shape[1]):
+    for entries, query_heads, key_heads in _parts(problem, listed.shape[1]):
         part = problem.part(entries, query_heads, key_heads)
         first, first_kv = entries.start * heads + query_heads.start, entries.start * kv_heads + key_heads.start
         groups = slice(first, first + part.groups)
         kv_groups = slice(first_kv, first_kv + part.key.shape[0] * part.key.shape[1])
-        dense = DenseState(
-            state.tau[entries, query_heads], state.mean_value[entries, query_heads], state.block_map[groups]
-        )
+        dense = DenseState(tau[entries, query_heads], mean_value[entries, query_heads], block_map[groups])
         lists = SparseLists(
-            state.listed[groups], state.offsets[groups], state.counts[groups], state.column_counts[kv_groups],
-            state.overflow[groups],
+            listed[groups], offsets[groups], counts[groups], column_counts[kv_groups], overflow[groups]
         )  # fmt: skip
         gradients = (
             grad[entries, query_heads], query_grad[entries, query_heads], key_grad[entries, key_heads],
             value_grad[entries, key_heads],
         )  # fmt: skip
         sparse_backward(
-            part, dense.tau, dense.mean_value, lists, *gradients, ends[kv_groups], deterministic=deterministic
+            part,
+            tau[entries, query_heads],
+            mean_value[entries, query_heads],
+            lists,
+            *gradients,
+            ends[kv_groups],
+            deterministic=deterministic,
         )
         dense_backward(part, dense, *gradients, active=lists.overflow)
     return query_grad, key_grad, value_grad
