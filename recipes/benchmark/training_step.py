@@ -3,9 +3,10 @@
     python recipes/benchmark/training_step.py            # needs a CUDA GPU; writes training_step.json beside this file
 
 The whole step, forward, backward and optimizer, bf16 autocast over fp32 weights; each layer is compiled (one graph
-serves all of them). Scores are those of a model at its start (nearly equal: entmax's supports are at their largest) and
-of query projections multiplied by --sharpen (supports as small as in a trained model). After --seconds, no further row
-is begun.
+serves all of them), or, with --mode reduce-overhead, the whole model, into CUDA graphs: at few tokens a step the host
+is slower than the GPU otherwise. Scores are those of a model at its start (nearly equal: entmax's supports are at
+their largest) and of query projections multiplied by --sharpen (supports as small as in a trained model). After
+--seconds, no further row is begun.
 """
 
 from __future__ import annotations
@@ -93,7 +94,7 @@ def median_step_seconds(model: PreTrainedModel, length: int, device: str, steps:
 
 
 def measured(
-    lengths: list[int], factors: list[float], steps: int, device: str, small: bool
+    lengths: list[int], factors: list[float], steps: int, device: str, small: bool, mode: str
 ) -> Iterator[dict[str, Any]]:
     """A row for each length, method and factor, the least interesting method last."""
     reference: dict[tuple[int, float], float] = {}
@@ -103,8 +104,8 @@ def measured(
         model = build(*METHODS[method], length, small)
         model.to(device).train()  # type: ignore[arg-type]  # transformers wraps Module.to
         if device == "cuda":
-            for layer in model.model.layers:
-                layer.compile(dynamic=False)
+            for part in model.model.layers if mode == "default" else [model]:
+                part.compile(dynamic=False, mode=mode)
         sharpened = 1.0
         for factor in factors:
             sharpen(model, factor / sharpened)
@@ -114,6 +115,7 @@ def measured(
                 "length": length,
                 "sharpen": factor,
                 "method": method,
+                "mode": mode,
                 "step_ms": round(1e3 * seconds, 2),
                 "tokens_per_second": round(length / seconds),
                 "times_faster_than_sdpa": round(reference.setdefault((length, factor), seconds) / seconds, 3),
@@ -129,6 +131,7 @@ def main() -> None:
     parser.add_argument(
         "--sharpen", type=float, nargs="+", default=[16.0, 1.0], help="factors on the query projections"
     )
+    parser.add_argument("--mode", choices=("default", "reduce-overhead"), default="default", help="of torch.compile")
     parser.add_argument("--steps", type=int, default=5, help=f"measured steps, after {WARM_UP} of warm-up")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no further row after so long")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script without a GPU")
@@ -141,7 +144,7 @@ def main() -> None:
     header = results_header(torch.device(device), [0])
     rows = []
     begin = time.perf_counter()
-    for row in measured(arguments.lengths, arguments.sharpen, arguments.steps, device, arguments.small):
+    for row in measured(arguments.lengths, arguments.sharpen, arguments.steps, device, arguments.small, arguments.mode):
         rows.append(row)
         print(row, flush=True)
         arguments.out.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
