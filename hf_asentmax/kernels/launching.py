@@ -327,7 +327,7 @@ def run(
         repeated = recording.repeat(tensors)
         if repeated is not None:
             return repeated
-        del _remembered[signature]
+        _remembered.pop(signature, None)
     if signature not in _remembered:
         results = body(Launcher(first.device))
         _remember(signature, None)

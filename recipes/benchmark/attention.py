@@ -44,11 +44,11 @@ TOKENS = 32768
 TABLE = (
     *((32768, 64, kind) for kind in KINDS),
     *((8192, 64, kind) for kind in KINDS if kind != "nape"),
-    *((length, 128, kind) for length in (32768, 8192) for kind in ("random", "topical", "near-uniform")),
+    *((length, 128, kind) for length in (32768, 8192) for kind in ("random", "sharp", "topical", "near-uniform")),
 )
 CURVES = tuple((length, 64, kind) for length in LENGTHS for kind in ("topical", "nape", "near-uniform"))
 METHODS = ("ours", "sdpa flash-2", "sdpa cuDNN", "flex alibi", "adasplash v2", "adasplash v1")
-# Measured after everything else: these compile for each length, or try many tile sizes (a minute for a case).
+# Measured after the others: these compile for each length, or try many tile sizes (a minute for a case).
 LAST = ("flex alibi", "adasplash v2", "adasplash v1")
 ONLY_AT = {"flex alibi": (8192, 32768, 131072), "adasplash v2": (8192, 32768), "adasplash v1": (8192,)}
 
@@ -241,12 +241,15 @@ def _captured(path: Path) -> tuple[str, list[torch.Tensor], torch.Tensor | None]
     return f"captured {path.stem}", inputs, None if slopes is None else slopes.cuda()
 
 
-def cases(arguments: argparse.Namespace) -> Cases:
+def _single_cases(arguments: argparse.Namespace) -> Cases:
     """(kind, inputs, slopes)"""
     yield from _of_a_kind(TABLE, arguments)
     yield from map(_captured, arguments.captured)
     for length, head_dim in SHORT if arguments.short else ():
         yield "random, many rows", make_inputs("random", 16384 // HEADS, length, head_dim), None
+
+
+def _curves(arguments: argparse.Namespace) -> Cases:
     yield from _of_a_kind((case for case in CURVES if case not in TABLE), arguments)
 
 
@@ -272,8 +275,8 @@ def main() -> None:
     header = results_header(torch.device("cuda"), [0])
     first = [name for name in arguments.methods if name not in LAST]
     last = [name for name in arguments.methods if name in LAST]
-    passes = [wanted for wanted in (first, last) if wanted]
-    for wanted, (kind, inputs, slopes) in ((wanted, case) for wanted in passes for case in cases(arguments)):
+    passes = [(cases, wanted) for cases in (_single_cases, _curves) for wanted in (first, last) if wanted]
+    for wanted, (kind, inputs, slopes) in ((wanted, case) for cases, wanted in passes for case in cases(arguments)):
         if time.perf_counter() - started > arguments.seconds:
             print("out of time")
             break
