@@ -21,11 +21,11 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from . import kernels
+from .autocast import as_autocast
 from .masks import alibi_positions, query_positions, visible_keys
 
 __all__ = ["softmax_attention", "unsupported_reason"]
 
-_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SHORT = 1024  # keys: up to here a bias is made, of at most _LARGEST_BIAS elements
 _LARGEST_BIAS = 1 << 28
 _BLOCK = 128  # queries, and keys, that FlexAttention skips together
@@ -55,12 +55,9 @@ def unsupported_reason(
         return (
             f"PyTorch's kernels are meant for a CUDA GPU, the tensors are on {query.device.type}; use backend='eager'"
         )
-    if query.dtype not in _FUSED_DTYPES:
-        return f"PyTorch's kernels compute in float32, bfloat16 or float16, got {query.dtype}; use backend='eager'"
-    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
-        return (
-            "PyTorch's kernels take ALiBi's slopes as constants; detach them, or use backend='eager', which learns them"
-        )
+    of_the_tensors = kernels.unsupported_tensors_reason("PyTorch's kernels", query, alibi_slopes)
+    if of_the_tensors is not None:
+        return of_the_tensors
     masks = (attention_mask, alibi_slopes, cu_seqlens, sliding_window, softcap)
     if _way(query, key, value, is_causal, *masks) != "flex":
         return None
@@ -94,8 +91,7 @@ def softmax_attention(
         (batch, heads, q_len, value_dim), of query's type (of autocast's type under autocast).
     """
     device_type = query.device.type
-    if torch.is_autocast_enabled(device_type):
-        query, key, value = (tensor.to(torch.get_autocast_dtype(device_type)) for tensor in (query, key, value))
+    query, key, value = as_autocast(query, key, value)
     slopes = None if alibi_slopes is None else alibi_slopes.detach()
     way = _way(query, key, value, is_causal, attention_mask, slopes, cu_seqlens, sliding_window, softcap)
     with torch.autocast(device_type, enabled=False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -31,6 +32,7 @@ __all__ = [
     "plot_lengths",
     "results_header",
     "save_figure",
+    "short_commit",
     "write_json",
 ]
 
@@ -92,6 +94,11 @@ def results_header(device: torch.device, seeds: Sequence[int]) -> dict[str, Any]
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted": [] if not changed else [line[3:] for line in changed.splitlines()],
     }
+
+
+def short_commit(commit: str | None) -> str:
+    """A commit's first characters, for tables; what says more than one commit is left as it is."""
+    return commit[:10] if commit and re.fullmatch("[0-9a-f]{40}", commit) else str(commit)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes.benchmark import attention_report, decode_report
+from recipes.common import short_commit
 
 RECIPES = Path(__file__).resolve().parent
 README = RECIPES.parent / "README.md"
@@ -28,11 +29,6 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _short(commit: str) -> str:
-    """A commit's first characters; what says more than a commit is left as it is."""
-    return commit[:10] if re.fullmatch("[0-9a-f]{40}", commit) else commit
-
-
 def origin(content: dict[str, Any]) -> str:
     """One sentence that says where numbers come from."""
     device, versions = content["device"]["name"], content["versions"]
@@ -40,7 +36,7 @@ def origin(content: dict[str, Any]) -> str:
     seeds_text = "1 seed" if len(seeds) == 1 else f"{len(seeds)} seeds"
     return (
         f"`{content['command']}`, {seeds_text}, on {device}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, commit {_short(content['commit'])}."
+        f"transformers {versions['transformers']}, commit {short_commit(content['commit'])}."
     )
 
 

@@ -8,7 +8,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["entmax_attention_triton", "unsupported_device_reason", "unsupported_reason"]
+__all__ = [
+    "entmax_attention_triton",
+    "unsupported_device_reason",
+    "unsupported_reason",
+    "unsupported_tensors_reason",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LARGEST_HEAD_DIM = 256
@@ -36,8 +41,9 @@ def unsupported_reason(
     of_the_device = unsupported_device_reason(query.device)
     if of_the_device is not None:
         return of_the_device
-    if query.dtype not in _DTYPES:
-        return f"the kernels compute in float32, bfloat16 or float16, got {query.dtype}; use backend='eager'"
+    of_the_tensors = unsupported_tensors_reason("the kernels", query, alibi_slopes)
+    if of_the_tensors is not None:
+        return of_the_tensors
     if alpha < _SMALLEST_ALPHA:
         instead = "use backend='torch' for softmax" if alpha == 1.0 else "use backend='eager'"
         return f"the kernels need alpha from {_SMALLEST_ALPHA} to 2, got {alpha}; {instead}"
@@ -46,8 +52,15 @@ def unsupported_reason(
         return f"the kernels take head dimensions up to {_LARGEST_HEAD_DIM}, got {largest}; use backend='eager'"
     if key.shape[2] > _LONGEST:
         return f"the kernels take up to {_LONGEST} keys, got {key.shape[2]}; use backend='eager'"
+    return None
+
+
+def unsupported_tensors_reason(kernels: str, query: torch.Tensor, alibi_slopes: torch.Tensor | None) -> str | None:
+    """Why no fused kernels, those named `kernels` among them, take the tensors of a call; None if they do."""
+    if query.dtype not in _DTYPES:
+        return f"{kernels} compute in float32, bfloat16 or float16, got {query.dtype}; use backend='eager'"
     if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
-        return "the kernels take ALiBi's slopes as constants; detach them, or use backend='eager', which learns them"
+        return f"{kernels} take ALiBi's slopes as constants; detach them, or use backend='eager', which learns them"
     return None
 
 

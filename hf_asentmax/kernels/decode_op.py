@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from ..autocast import as_autocast
 from .launching import Launcher, run
-from .op import _problem, _rows_shape, _with_unit_strides, as_autocast, needs_gradient
-from .row_ranges import RowRanges
+from .op import _problem, _rows_shape, _with_unit_strides, needs_gradient
 
 __all__ = ["DECODE_FROM", "MOST_DECODE_ROWS", "decode_attention", "decodes"]
 
@@ -50,17 +50,15 @@ def _decode(
     """(batch, q_len, heads, value_dim)"""
     from .decode_launch import decode
 
-    ranges = RowRanges(None, None, key_valid, None, dense_mask)
-    tensors = _with_unit_strides((query, key, value, slopes, key_valid, dense_mask, key_norm_bound))
+    tensors = _with_unit_strides((query, key, value, slopes, None, None, key_valid, None, dense_mask))
 
     def body(launcher: Launcher) -> tuple[torch.Tensor]:
-        query, key, value, slopes, *_, bound = tensors
-        problem = _problem(query, key, value, slopes, ranges, *options, launcher=launcher)
-        rows = launcher.empty(_rows_shape(query, value), query.dtype)
-        decode(problem, rows.transpose(1, 2), bound)
+        problem = _problem(tensors, *options, launcher=launcher)
+        rows = launcher.empty(_rows_shape(problem.query, problem.value), problem.query.dtype)
+        decode(problem, rows.transpose(1, 2), key_norm_bound)
         return (rows,)
 
-    (rows,) = run("decode", tensors, options, body)
+    (rows,) = run("decode", (*tensors, key_norm_bound), options, body)
     return rows
 
 

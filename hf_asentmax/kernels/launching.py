@@ -94,7 +94,6 @@ class _Recorder(Launcher):
 
     def __init__(self, device: torch.device, tensors: Sequence[torch.Tensor | None]) -> None:
         super().__init__(device)
-        self.tensors = tensors
         self.count = len(tensors)
         self.steps: list[_Kernel | _Operation] = []
         self.new: dict[int, _New] = {}

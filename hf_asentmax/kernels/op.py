@@ -6,18 +6,15 @@ from typing import Any
 
 import torch
 
+from ..autocast import as_autocast
 from .launching import Launcher, run
 from .row_ranges import RowRanges, row_ranges
 
-__all__ = ["as_autocast", "attention", "needs_gradient"]
+__all__ = ["attention", "needs_gradient"]
 
 
 def _problem(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    slopes: torch.Tensor | None,
-    ranges: RowRanges,
+    tensors: tuple[Any, ...],
     alpha: float,
     scale: float,
     is_causal: bool,
@@ -27,9 +24,11 @@ def _problem(
     *,
     launcher: Launcher | None = None,
 ) -> Any:
+    """The call whose tensors are the operator's, after `_with_unit_strides`."""
     from .problem import Problem
 
-    query, key, value = (_unit_stride(tensor) for tensor in (query, key, value))
+    query, key, value, slopes, *rest = tensors
+    ranges = RowRanges(*rest)
     ranges = ranges._replace(key_valid=_as_bytes(ranges.key_valid), dense_mask=_as_bytes(ranges.dense_mask))
     options = (alpha, scale, is_causal, sliding_window, softcap)
     return Problem(query, key, value, *options, slopes, ranges, for_backward, launcher)
@@ -83,9 +82,8 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     tensors, options = _with_unit_strides(arguments[:_INPUTS]), arguments[_INPUTS:]
 
     def body(launcher: Launcher) -> tuple[torch.Tensor, ...]:
-        query, key, value, slopes, *ranges = tensors
-        problem = _problem(query, key, value, slopes, RowRanges(*ranges), *options, launcher=launcher)
-        output = launcher.empty(_rows_shape(query, value), query.dtype)
+        problem = _problem(tensors, *options, launcher=launcher)
+        output = launcher.empty(_rows_shape(problem.query, problem.value), problem.query.dtype)
         state = forward(problem, output.transpose(1, 2))
         return output, *(state.tensors() if problem.for_backward else ())
 
@@ -96,10 +94,9 @@ def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
 def _forward_of_shapes(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     from .regimes import new_state
 
-    query, key, value, slopes, *ranges = arguments[:_INPUTS]
-    problem = _problem(query, key, value, slopes, RowRanges(*ranges), *arguments[_INPUTS:])
+    problem = _problem(_with_unit_strides(arguments[:_INPUTS]), *arguments[_INPUTS:])
     state = new_state(problem).tensors() if problem.for_backward else []
-    return query.new_empty(_rows_shape(query, value)), state
+    return problem.query.new_empty(_rows_shape(problem.query, problem.value)), state
 
 
 def _backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -111,8 +108,7 @@ def _backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.
     state, *options = arguments[_INPUTS:]
 
     def body(launcher: Launcher) -> tuple[torch.Tensor, ...]:
-        query, key, value, slopes, *ranges = tensors
-        problem = _problem(query, key, value, slopes, RowRanges(*ranges), *options, launcher=launcher)
+        problem = _problem(tensors, *options, launcher=launcher)
         return backward(problem, State(*state), grad.transpose(1, 2))
 
     query_grad, key_grad, value_grad = run("backward", (grad, *tensors, *state), options, body)
@@ -161,14 +157,6 @@ _library.impl("entmax_attention", _differentiable, "Autograd")
 _library.impl("entmax_attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_asentmax::entmax_attention", _forward_of_shapes, lib=_library)
 torch.library.register_fake("hf_asentmax::entmax_attention_backward", _backward_of_shapes, lib=_library)
-
-
-def as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors in autocast's type, where autocast is on for their device."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return list(tensors)
-    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
 
 def needs_gradient(*tensors: torch.Tensor) -> bool:

@@ -37,7 +37,7 @@ _BACKWARD_BYTES = 112 << 20
 class State(NamedTuple):
     """What a call leaves for its backward pass: dense_launch.DenseState and sparse_attention.SparseLists.
 
-    Without lists where the dense regime does all rows, and where no backward pass will follow.
+    Without lists where the dense regime does all rows. Of no use where no backward pass will follow.
     """
 
     tau: torch.Tensor
@@ -62,7 +62,7 @@ def new_state(problem: Problem) -> State:
     """A state of the right shapes, as a forward pass without values (for tracing)."""
     query = problem.query
     dense = new_dense_state(problem, for_backward=problem.for_backward)
-    if not problem.for_backward or not _uses_lists(problem):
+    if not _uses_lists(problem):
         return State(*dense)
     q_len = query.shape[2]
     capacity = list_capacity(problem, sparse_tiles(query.dtype, query.shape[3]))
@@ -82,10 +82,9 @@ def forward(problem: Problem, output: torch.Tensor) -> State:
         dense_forward(problem, output, dense)
         return State(*dense)
     largest_key = largest_key_norms(problem)
-    mean_value = dense.mean_value if problem.for_backward else None
-    lists = sparse_forward(problem, output, dense.tau, mean_value, largest_key)
+    lists = sparse_forward(problem, output, dense.tau, dense.mean_value, largest_key)
     dense_forward(problem, output, dense, active=lists.overflow, largest_key=largest_key)
-    return State(*dense, *lists) if problem.for_backward else State(*dense)
+    return State(*dense, *lists)
 
 
 def _parts(problem: Problem, capacity: int) -> Iterator[tuple[slice, slice, slice]]:

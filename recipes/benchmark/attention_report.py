@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from recipes.common import OTHERS, OURS, save_figure
+from recipes.common import OTHERS, OURS, save_figure, short_commit
 
 PEERS = ("sdpa cuDNN", "sdpa flash-2", "flex alibi", "adasplash v2", "adasplash v1")
 
@@ -66,7 +66,7 @@ def table(content: dict[str, Any]) -> str:
         "",
         f"Milliseconds, medians: forward / forward and backward, called from Python (both passes in a CUDA graph): the "
         f"peer's time over ours, called and in a graph. bfloat16, causal, {device}, torch {versions}, "
-        f"commit {str(content['commit'])[:10]}, `{content['command']}`.",
+        f"commit {short_commit(content['commit'])}, `{content['command']}`.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -15,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from recipes.benchmark.decode import PEERS
+from recipes.common import short_commit
 
 CASE = ("kind", "heads", "kv_heads", "head_dim", "kv_len", "batch")
 
@@ -50,8 +51,8 @@ def table(content: dict[str, Any]) -> str:
     lines += [
         "",
         "Microseconds of one step inside a CUDA graph, medians; in brackets the peer's time over ours. bfloat16, "
-        f"{device} (copies {content['copy_tb_per_s']} TB/s), torch {versions}, commit {str(content['commit'])[:10]}, "
-        f"`{content['command']}`.",
+        f"{device} (copies {content['copy_tb_per_s']} TB/s), torch {versions}, "
+        f"commit {short_commit(content['commit'])}, `{content['command']}`.",
     ]
     return "\n".join(lines) + "\n"
 
