@@ -158,10 +158,11 @@ def decode(content: dict[str, Any]) -> str:
 
 def training_step(content: dict[str, Any]) -> str:
     """A whole training step beside the same model on sdpa."""
-    columns = ["tokens", "query projections x", "model", "tokens a second", "times sdpa's", "peak GiB"]
+    columns = ["tokens", "compiled", "query projections x", "model", "tokens a second", "times sdpa's", "peak GiB"]
     rows = [
         [
             f"{row['length']:,}",
+            row["compiled"],
             f"{row['sharpen']:g}",
             row["method"],
             f"{row['tokens_per_second']:,}",
@@ -172,7 +173,7 @@ def training_step(content: dict[str, Any]) -> str:
     ]
     return "\n\n".join(
         [
-            "A training step of a 124M Llama, compiled, batch 1 (query projections multiplied, so that supports are as "
+            "A training step of a 124M Llama, batch 1, its layers compiled, the whole model, or that into CUDA graphs (query projections multiplied, so that supports are as "
             "small as in a trained model, or as they are at the start):",
             markdown_table(columns, rows),
             origin(content),

@@ -20,6 +20,12 @@ def _positions_from_boundaries(cu_seqlens: torch.Tensor, length: int) -> torch.T
     return (index - boundaries[sequence])[None]
 
 
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """Tokens or embeddings, (batch, length, ...)."""
+    candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
+    return next((tensor for tensor in candidates if isinstance(tensor, torch.Tensor)), None)
+
+
 def packing_pre_hook(
     model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -28,15 +34,25 @@ def packing_pre_hook(
     A forward builds a cache by default, and with a cache transformers reads resets of ``position_ids`` as nothing
     special: a document would then see the one before it. So the cache is left out where positions restart.
 
+    Under torch.compile it can't look, and without a cache it makes a mask over all pairs of tokens (the memory square
+    in the length, and no short cuts in the kernels). Where no positions are given nothing is packed: a padding mask
+    without padding says so.
+
     Raises:
         ValueError: packed sequences together with a cache or a mask.
         NotImplementedError: a family whose mask does not look at positions.
     """
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     position_ids = kwargs.get("position_ids")
-    if cu_seqlens is None and position_ids is None:
-        return None
     masked, cached = kwargs.get("attention_mask") is not None, kwargs.get("past_key_values") is not None
+    if cu_seqlens is None and position_ids is None:
+        inputs = _inputs(args, kwargs)
+        if not torch.compiler.is_compiling() or masked or cached or inputs is None or len(args) > 1:
+            return None
+        builds_cache = kwargs.get("use_cache")
+        if builds_cache if builds_cache is not None else getattr(model.config, "use_cache", False):
+            return None
+        return args, {**kwargs, "attention_mask": inputs.new_ones(inputs.shape[:2], dtype=torch.bool)}
     if cu_seqlens is not None:
         if masked or cached:
             raise ValueError(
@@ -44,8 +60,7 @@ def packing_pre_hook(
                 "past_key_values out"
             )
         if position_ids is None:
-            candidates = (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args)
-            inputs = next((tensor for tensor in candidates if isinstance(tensor, torch.Tensor)), None)
+            inputs = _inputs(args, kwargs)
             if inputs is None:
                 raise ValueError("expected input_ids or inputs_embeds beside cu_seq_lens")
             position_ids = _positions_from_boundaries(cu_seqlens, inputs.shape[1]).to(inputs.device)

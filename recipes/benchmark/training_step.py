@@ -2,11 +2,13 @@
 
     python recipes/benchmark/training_step.py            # needs a CUDA GPU; writes training_step.json beside this file
 
-The whole step, forward, backward and optimizer, bf16 autocast over fp32 weights; each layer is compiled (one graph
-serves all of them), or, with --mode reduce-overhead, the whole model, into CUDA graphs: at few tokens a step the host
-is slower than the GPU otherwise. Scores are those of a model at its start (nearly equal: entmax's supports are at
-their largest) and of query projections multiplied by --sharpen (supports as small as in a trained model). After
---seconds, no further row is begun.
+The whole step, forward, backward and optimizer, bf16 autocast over fp32 weights. What is compiled: `layers`, each
+decoder layer (one graph serves all of them); `model`, the whole model, as torch.compile(model) does; `graphs`, the
+same into CUDA graphs (mode="reduce-overhead"): at few tokens a step the host is slower than the GPU otherwise. Under
+a compiled model, transformers would give sdpa a mask over all pairs of tokens, which makes it about three times
+slower; with a cache it doesn't, so sdpa gets one there. Scores are those of a model at its start (nearly equal:
+entmax's supports are at their largest) and of query projections multiplied by --sharpen (supports as small as in a
+trained model). After --seconds, no further row is begun.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import hf_asentmax  # noqa: F401  (registers the presets)
 from recipes.common import results_header
 
+COMPILED = ("layers", "model", "graphs")
 METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "softmax, RoPE (sdpa)": ("sdpa", None),
     "ASEntmax, RoPE": ("asentmax", {}),
@@ -68,7 +71,15 @@ def sharpen(model: PreTrainedModel, factor: float) -> None:
             layer.self_attn.q_proj.weight.mul_(factor)
 
 
-def median_step_seconds(model: PreTrainedModel, length: int, device: str, steps: int) -> tuple[float, float]:
+def compile_parts(model: PreTrainedModel, parts: str) -> None:
+    """Compile in place what `parts`, one of COMPILED, says."""
+    for part in model.model.layers if parts == "layers" else [model]:
+        part.compile(dynamic=False, mode="reduce-overhead" if parts == "graphs" else "default")
+
+
+def median_step_seconds(
+    model: PreTrainedModel, length: int, device: str, steps: int, use_cache: bool
+) -> tuple[float, float]:
     """(median seconds of a step after warm-up, peak memory in GiB) at batch 1."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device == "cuda")
     generator = torch.Generator().manual_seed(0)
@@ -81,7 +92,7 @@ def median_step_seconds(model: PreTrainedModel, length: int, device: str, steps:
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         with torch.autocast(device, dtype=torch.bfloat16):
-            loss = model(ids, labels=ids, use_cache=False).loss
+            loss = model(ids, labels=ids, use_cache=use_cache).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -94,31 +105,30 @@ def median_step_seconds(model: PreTrainedModel, length: int, device: str, steps:
 
 
 def measured(
-    lengths: list[int], factors: list[float], steps: int, device: str, small: bool, mode: str
+    methods: list[str], lengths: list[int], factors: list[float], steps: int, device: str, small: bool, parts: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """A row for each length, method and factor, the least interesting method last."""
-    reference: dict[tuple[int, float], float] = {}
-    *first, last = METHODS
-    for length, method in [*product(lengths, first), *product(lengths, [last])]:
+    """A row for each length, compiled part, method and factor."""
+    reference: dict[tuple[int, str, float], float] = {}
+    for length, compiled, method in product(lengths, parts, methods):
         torch._dynamo.reset()
         model = build(*METHODS[method], length, small)
         model.to(device).train()  # type: ignore[arg-type]  # transformers wraps Module.to
         if device == "cuda":
-            for part in model.model.layers if mode == "default" else [model]:
-                part.compile(dynamic=False, mode=mode)
+            compile_parts(model, compiled)
         sharpened = 1.0
         for factor in factors:
             sharpen(model, factor / sharpened)
             sharpened = factor
-            seconds, peak = median_step_seconds(model, length, device, steps)
+            use_cache = METHODS[method][0] == "sdpa" and compiled != "layers"
+            seconds, peak = median_step_seconds(model, length, device, steps, use_cache)
             yield {
                 "length": length,
                 "sharpen": factor,
                 "method": method,
-                "mode": mode,
+                "compiled": compiled,
                 "step_ms": round(1e3 * seconds, 2),
                 "tokens_per_second": round(length / seconds),
-                "times_faster_than_sdpa": round(reference.setdefault((length, factor), seconds) / seconds, 3),
+                "times_faster_than_sdpa": round(reference.setdefault((length, compiled, factor), seconds) / seconds, 3),
                 "peak_gib": round(peak, 2),
             }
         del model
@@ -131,7 +141,8 @@ def main() -> None:
     parser.add_argument(
         "--sharpen", type=float, nargs="+", default=[16.0, 1.0], help="factors on the query projections"
     )
-    parser.add_argument("--mode", choices=("default", "reduce-overhead"), default="default", help="of torch.compile")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS)[:3], help="sdpa comes first")
+    parser.add_argument("--compile", choices=COMPILED, nargs="+", default=list(COMPILED), help="what is compiled")
     parser.add_argument("--steps", type=int, default=5, help=f"measured steps, after {WARM_UP} of warm-up")
     parser.add_argument("--seconds", type=float, default=600.0, help="begin no further row after so long")
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script without a GPU")
@@ -144,7 +155,8 @@ def main() -> None:
     header = results_header(torch.device(device), [0])
     rows = []
     begin = time.perf_counter()
-    for row in measured(arguments.lengths, arguments.sharpen, arguments.steps, device, arguments.small, arguments.mode):
+    settings = (arguments.lengths, arguments.sharpen, arguments.steps, device, arguments.small, arguments.compile)
+    for row in measured(arguments.methods, *settings):
         rows.append(row)
         print(row, flush=True)
         arguments.out.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")

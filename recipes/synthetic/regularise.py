@@ -44,10 +44,18 @@ class ScoreJitter:
         alibi_heads: how many heads, from the first, are left alone.
         drop: probability with which a channel is left out; 0 for none.
         noise: size of the keys' noise; 0 for none.
+        noise_on_all: whether heads with ALiBi get noise too. Without it, strong noise makes a model look up by heads
+            with ALiBi, which don't see far.
     """
 
     def __init__(
-        self, model: PreTrainedModel, low: float, alibi_heads: int, drop: float = 0.0, noise: float = 0.0
+        self,
+        model: PreTrainedModel,
+        low: float,
+        alibi_heads: int,
+        drop: float = 0.0,
+        noise: float = 0.0,
+        noise_on_all: bool = False,
     ) -> None:
         if not 0 < low <= 1:
             raise ValueError(f"the smallest factor must lie above 0 and be at most 1, got {low}")
@@ -60,6 +68,8 @@ class ScoreJitter:
         self._head_dim = model.config.head_dim
         self._unchanged = alibi_heads * self._head_dim
         self._channels = width - self._unchanged
+        self._without_noise = 0 if noise_on_all else self._unchanged
+        self._noisy_channels = width - self._without_noise
         self._factor: torch.Tensor | None = None
         self._added: torch.Tensor | None = None
         for layer in model.model.layers:
@@ -68,10 +78,19 @@ class ScoreJitter:
             if noise > 0:
                 layer.self_attn.k_proj.register_forward_hook(self._noisy)
 
-    def draw(self, size: int, length: int, generator: torch.Generator, strength: float = 1.0) -> None:
+    def draw(
+        self,
+        size: int,
+        length: int,
+        generator: torch.Generator,
+        strength: float = 1.0,
+        noise_times: float | torch.Tensor = 1.0,
+    ) -> None:
         """New factors and noise for the next batch, of `size` samples and `length` positions.
 
-        strength: how much of all of it, from 0 (none) to 1.
+        Args:
+            strength: how much of all of it, from 0 (none) to 1.
+            noise_times: a further factor on the noise.
         """
         device = generator.device
         uniform = torch.rand((size, 1, 1), generator=generator, device=device)
@@ -80,9 +99,8 @@ class ScoreJitter:
             kept = torch.rand((size, 1, self._channels), generator=generator, device=device) >= strength * self.drop
             self._factor = self._factor * kept
         if self.noise > 0:
-            self._added = (
-                strength * self.noise * torch.randn((size, length, self._channels), generator=generator, device=device)
-            )
+            noise = torch.randn((size, length, self._noisy_channels), generator=generator, device=device)
+            self._added = noise.mul_(noise_times * (strength * self.noise))
 
     def lowest(self, size: int, device: torch.device) -> None:
         """The smallest factor for each of `size` samples, without noise: one hard view for all of them."""
@@ -100,10 +118,10 @@ class ScoreJitter:
     def _noisy(self, projection: nn.Module, inputs: tuple[torch.Tensor, ...], key: torch.Tensor) -> torch.Tensor | None:
         if not projection.training or self._added is None:
             return None
-        free = key[..., self._unchanged :]
+        free = key[..., self._without_noise :]
         heads = free.unflatten(-1, (-1, self._head_dim))
         size = heads.detach().square().mean(-1, keepdim=True).sqrt().expand_as(heads).flatten(-2)
-        return torch.cat([key[..., : self._unchanged], (free + size * self._added).to(key.dtype)], dim=-1)
+        return torch.cat([key[..., : self._without_noise], (free + size * self._added).to(key.dtype)], dim=-1)
 
 
 @torch.no_grad()

@@ -37,7 +37,11 @@ class RunSettings:
         0.0, "probability with which a channel is left out of the scores of heads without ALiBi, per sample in training"
     )
     key_noise: float = flag(
-        0.0, "normal noise on the keys of heads without ALiBi in training, as a share of their root mean square"
+        0.0, "normal noise on keys in training, as a share of their root mean square; where: --key-noise-heads"
+    )
+    key_noise_heads: str = flag("nope", "heads with key noise: nope (those without ALiBi) or all")
+    key_noise_loss: float = flag(
+        0.0, "once the plateau is left, key noise grows while the loss is below this and shrinks while it is above"
     )
     ease_in: int = flag(
         0,
@@ -69,6 +73,10 @@ class RunSettings:
             raise ValueError("a run needs an end: give --steps or --minutes")
         if self.schedule not in ("linear", "cosine"):
             raise ValueError(f"schedule must be linear or cosine, got {self.schedule!r}")
+        if self.key_noise_heads not in ("nope", "all"):
+            raise ValueError(f"key-noise-heads must be nope or all, got {self.key_noise_heads!r}")
+        if self.key_noise_loss > 0 and self.key_noise <= 0:
+            raise ValueError("key-noise-loss changes the key noise: give --key-noise, the size it begins with")
         if self.alpha_start is not None and self.method not in ("entmax", "asentmax"):
             raise ValueError(f"alpha-start is for entmax and asentmax, got method {self.method!r}")
         if self.alpha_stairs < 1:

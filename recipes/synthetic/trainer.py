@@ -22,6 +22,8 @@ from recipes.synthetic.tasks import Batch, Task
 
 __all__ = ["Trainer", "learning_rate"]
 
+NOISE_STEP = 1.005  # by which key noise grows or shrinks in an update: twice as much after 140
+
 
 def learning_rate(peak: float, step: int, progress: float, settings: RunSettings) -> float:
     """Warm-up by steps, then the schedule by how much of the run lies behind (0 to 1)."""
@@ -52,7 +54,14 @@ class Trainer:
         if settings.bf16_weights:
             self.model.to(torch.bfloat16)  # type: ignore[arg-type]
         alibi_heads = {"nape": task.heads // 2, "alibi": task.heads}.get(settings.positions, 0)
-        self.jitter = ScoreJitter(self.model, settings.jitter, alibi_heads, settings.channel_drop, settings.key_noise)
+        self.jitter = ScoreJitter(
+            self.model,
+            settings.jitter,
+            alibi_heads,
+            settings.channel_drop,
+            settings.key_noise,
+            settings.key_noise_heads == "all",
+        )
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(
             hf_asentmax.parameter_groups(self.model, settings.weight_decay),
@@ -65,6 +74,7 @@ class Trainer:
         self.shapes = torch.Generator().manual_seed(seed + 1)
         self.step, self.seconds, self.tokens = 0, 0.0, 0
         self.loss_sum = torch.zeros((), device=device)
+        self.noise_times = torch.ones((), device=device)  # of --key-noise, where --key-noise-loss steers it
         self.log: list[dict[str, Any]] = []
         self.validations: list[dict[str, Any]] = []
         self.left_plateau: dict[str, Any] | None = None
@@ -176,7 +186,7 @@ class Trainer:
             hf_asentmax.set_alpha(self.model, alpha)
             self.alpha = alpha
         batch = self._next_batch(progress)
-        self.jitter.draw(len(batch), batch.inputs.shape[1], self.data, self._eased_in())
+        self.jitter.draw(len(batch), batch.inputs.shape[1], self.data, self._eased_in(), self.noise_times)
         loss = self._losses(batch, "mean")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.task.lr, self.step, progress, settings)
@@ -185,6 +195,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.loss_sum += loss.detach()
+        if settings.key_noise_loss > 0 and self.left_plateau is not None:
+            self.noise_times *= torch.where(loss.detach() < settings.key_noise_loss, NOISE_STEP, 1 / NOISE_STEP)
 
     def _eased_in(self) -> float:
         """How much of the changes of scores is on: all, or from none to all after the plateau has been left."""
@@ -217,6 +229,8 @@ class Trainer:
         loss = float(self.loss_sum) / self.settings.log_every
         self.loss_sum.zero_()
         self.log.append({"step": self.step, "seconds": round(self.seconds, 2), "loss": loss})
+        if self.settings.key_noise_loss > 0:
+            self.log[-1]["key_noise"] = self.settings.key_noise * float(self.noise_times)
         if self.left_plateau is None and loss < self.settings.plateau:
             samples = self.step * self.settings.batch
             self.left_plateau = {"step": self.step, "seconds": round(self.seconds, 1), "samples": samples}
@@ -268,7 +282,7 @@ class Trainer:
         self.shapes.set_state(state["shapes"])
         for name in _COUNTERS:
             setattr(self, name, state[name])
-        self.loss_sum = self.loss_sum.to(self.device)
+        self.loss_sum, self.noise_times = self.loss_sum.to(self.device), self.noise_times.to(self.device)
 
     def _identity(self) -> dict[str, Any]:
         """What must agree for a checkpoint to go on."""
@@ -276,7 +290,7 @@ class Trainer:
         return {"task": task, "settings": asdict(self.settings), "seed": self.seed}
 
 
-_COUNTERS = ("step", "seconds", "tokens", "loss_sum", "log", "validations", "left_plateau", "kept_step")
+_COUNTERS = ("step", "seconds", "tokens", "loss_sum", "noise_times", "log", "validations", "left_plateau", "kept_step")
 
 
 def _error(result: dict[str, Any]) -> float:

@@ -165,3 +165,29 @@ def test_padding_does_not_leak_into_gradients(side: str) -> None:
     in_batch = gradients(model(ids, attention_mask=mask).logits[:1, place])
     for a, b in zip(alone, in_batch, strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("call", ["ids", "positional", "embeds"])
+def test_a_compiled_model_without_positions_makes_no_square_mask(
+    family: str, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Traced, transformers can't see that nothing is packed, and would compare all pairs of tokens."""
+
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a square mask")
+
+    torch._dynamo.reset()
+    model = tiny_model(family, "asentmax", FLAGS)
+    perturb_scalings(model)
+    embeds = model.get_input_embeddings()(FIRST).detach()
+    args, kwargs = {
+        "ids": ((), {"input_ids": FIRST}),
+        "positional": ((FIRST,), {}),
+        "embeds": ((), {"inputs_embeds": embeds}),
+    }[call]
+    with torch.no_grad():
+        expected = model(*args, **kwargs, use_cache=False).logits
+        monkeypatch.setattr("hf_asentmax.integration.masks.sdpa_mask", refused)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        assert torch.allclose(compiled(*args, **kwargs, use_cache=False).logits, expected, atol=2e-6)

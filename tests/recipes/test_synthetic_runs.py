@@ -233,6 +233,11 @@ def test_keys_without_alibi_get_noise_of_their_size() -> None:
     seen.clear()
     outputs_at(model, batch)
     assert torch.equal(*seen)
+    everywhere = ScoreJitter(build_model(SMALL, "entmax", "nape"), 1.0, 2, noise=0.5, noise_on_all=True)
+    everywhere.draw(2, 9, torch.Generator().manual_seed(0))
+    key = torch.randn(2, 9, SMALL.heads * SMALL.head_dim)
+    noisy = everywhere._noisy(nn.Module().train(), (), key)
+    assert noisy is not None and bool((noisy != key).all())
 
 
 def test_hardest_keeps_the_largest_losses() -> None:
@@ -275,7 +280,8 @@ def trained(folder: Path, task: Task, settings: RunSettings, stops: bool = False
 def test_resuming_is_exact(tmp_path: Path) -> None:
     task = replace(SMALL, near_misses_end=1.0, one_letter_end=0.3, min_queries=1, max_queries=5)
     settings = RunSettings(
-        steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, channel_drop=0.1, key_noise=0.1, hard_candidates=2,
+        steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, channel_drop=0.1, key_noise=0.1, key_noise_loss=1e9,
+        hard_candidates=2,
         ease_in=3, plateau=1e9, warmup=3, validations=2, validate_multiple=1, validate_samples=4,
         alpha_start=1.1, alpha_until=0.6,
     )  # fmt: skip
@@ -283,6 +289,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     assert len(straight.log) == 3 and len(straight.validations) == 2
     assert [entry["loss"] for entry in straight.log] == [entry["loss"] for entry in resumed.log]
     assert straight.model.config.asentmax.alpha == 1.5
+    assert straight.noise_times == resumed.noise_times > 1.01
     assert straight.tokens == resumed.tokens and straight.kept_step == resumed.kept_step
     for (name, one), other in zip(
         straight.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
@@ -290,6 +297,18 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
         assert torch.equal(one, other), name
     with pytest.raises(ValueError, match="other settings"):
         Trainer(task, replace(settings, warmup=4), 3, tmp_path / "b" / "seed3", CPU)
+
+
+def test_key_noise_follows_the_loss(tmp_path: Path) -> None:
+    settings = RunSettings(steps=4, batch=4, log_every=1, key_noise=0.1, key_noise_loss=1e9, plateau=1e9)
+    growing = [entry["key_noise"] for entry in trained(tmp_path / "a", SMALL, settings).log]
+    assert growing == pytest.approx([0.1, 0.1 * 1.005, 0.1 * 1.005**2, 0.1 * 1.005**3])
+    shrinking = trained(tmp_path / "b", SMALL, replace(settings, key_noise_loss=1e-9))
+    assert shrinking.log[-1]["key_noise"] == pytest.approx(0.1 / 1.005**3)
+    still_on_the_plateau = trained(tmp_path / "c", SMALL, replace(settings, plateau=1e-9))
+    assert still_on_the_plateau.log[-1]["key_noise"] == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="give --key-noise"):
+        RunSettings(key_noise_loss=0.1)
 
 
 def test_starts_of_the_projections(tmp_path: Path) -> None:
