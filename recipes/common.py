@@ -130,13 +130,13 @@ def length_axes(train_length: int, lengths: Sequence[int], panels: int = 1) -> t
     figure, grid = pyplot.subplots(1, panels, figsize=(width, 4.2), dpi=160, squeeze=False)
     for axes in grid[0]:
         axes.set_xscale("log", base=2)
-        axes.set_xticks(lengths, [f"{length}\n{length // train_length}x" for length in lengths])
+        axes.set_xticks(lengths, [f"{length:,}\n{length // train_length}x" for length in lengths])
         axes.xaxis.set_minor_locator(NullLocator())
         left, right = lengths[0] / 2**0.35, lengths[-1] * 2**0.35
         axes.set_xlim(left, right)
         axes.axvspan(left, train_length, color="#000000", alpha=0.05, linewidth=0)
         axes.text(
-            left * 1.04, 0.985, "trained", transform=axes.get_xaxis_transform(), va="top", fontsize=8, color="#666666"
+            left * 1.04, 0.02, "trained", transform=axes.get_xaxis_transform(), va="bottom", fontsize=8, color="#666666"
         )
         axes.set_xlabel("length in tokens (times the training length)")
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)

@@ -4,9 +4,10 @@
 
 The whole step, forward, backward and optimizer, bf16 autocast over fp32 weights. What is compiled: `layers`, each
 decoder layer (one graph serves all of them); `model`, the whole model, as torch.compile(model) does; `graphs`, the
-same into CUDA graphs (mode="reduce-overhead"): at few tokens a step the host is slower than the GPU otherwise. Under
-a compiled model, transformers would give sdpa a mask over all pairs of tokens, which makes it about three times
-slower; with a cache it doesn't, so sdpa gets one there. Scores are those of a model at its start (nearly equal:
+same into CUDA graphs (mode="reduce-overhead"): at few tokens a step the host is slower than the GPU otherwise. In a
+compiled model transformers gives sdpa a mask over all pairs of tokens (with torch 2.11 and transformers 5.17 also
+where it is given a cache, or sees no packed sequences), which makes sdpa's kernels three times slower: compare the
+rows of ours with those of sdpa's layers as well. Scores are those of a model at its start (nearly equal:
 entmax's supports are at their largest) and of query projections multiplied by --sharpen (supports as small as in a
 trained model). After --seconds, no further row is begun.
 """
@@ -77,9 +78,7 @@ def compile_parts(model: PreTrainedModel, parts: str) -> None:
         part.compile(dynamic=False, mode="reduce-overhead" if parts == "graphs" else "default")
 
 
-def median_step_seconds(
-    model: PreTrainedModel, length: int, device: str, steps: int, use_cache: bool
-) -> tuple[float, float]:
+def median_step_seconds(model: PreTrainedModel, length: int, device: str, steps: int) -> tuple[float, float]:
     """(median seconds of a step after warm-up, peak memory in GiB) at batch 1."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device == "cuda")
     generator = torch.Generator().manual_seed(0)
@@ -92,7 +91,7 @@ def median_step_seconds(
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         with torch.autocast(device, dtype=torch.bfloat16):
-            loss = model(ids, labels=ids, use_cache=use_cache).loss
+            loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -119,8 +118,7 @@ def measured(
         for factor in factors:
             sharpen(model, factor / sharpened)
             sharpened = factor
-            use_cache = METHODS[method][0] == "sdpa" and compiled != "layers"
-            seconds, peak = median_step_seconds(model, length, device, steps, use_cache)
+            seconds, peak = median_step_seconds(model, length, device, steps)
             yield {
                 "length": length,
                 "sharpen": factor,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -184,14 +185,17 @@ def figure(groups: list[Group], file: Path) -> None:
         values = [(trained * multiple, group.pooled(multiple)) for multiple in sorted(group.multiples())]
         shown = [(length, *pooled) for length, pooled in values if pooled is not None]
         at, accuracy, low, high = zip(*shown, strict=True)
-        (line,) = axes.plot(at, accuracy, marker="o", linewidth=2.0, label=group.name)
+        (line,) = axes.plot(at, accuracy, marker="o", linewidth=2.0, label=textwrap.fill(group.name, 46))
         axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    for method, sources in published.items():
-        for source, row in sources.items():
+    for shade, (method, sources) in zip(("#333333", "#777777", "#aaaaaa"), published.items(), strict=False):
+        for style, (source, row) in zip(("--", ":"), sources.items(), strict=False):
             theirs = [trained * int(multiple) for multiple in row]
-            axes.plot(theirs, row.values(), linestyle="--", linewidth=1.0, label=f"{method}, {source}")
+            label = f"{method}, {source}"
+            axes.plot(theirs, row.values(), linestyle=style, color=shade, linewidth=1.2, marker=".", label=label)
     axes.set(title=f"{task}, trained on {_TRACKS[groups[0].track]}", ylabel="exact match, %", ylim=(-3, 103))
-    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0.0, -0.25))
+    axes.tick_params(axis="x", labelsize=7)
+    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    drawing.set_figwidth(10.5)
     save_figure(drawing, file)
 
 

@@ -32,6 +32,7 @@ class RunSettings:
     corrupt: float = flag(
         0.0, "probability with which an answer token, as an input in training, becomes a random letter"
     )
+    ease_corrupt: bool = flag(False, "corrupt answers only once the plateau is left, over the updates of --ease-in")
     jitter: float = flag(1.0, "scores of heads without ALiBi times a factor in [jitter, 1] per sample in training")
     channel_drop: float = flag(
         0.0, "probability with which a channel is left out of the scores of heads without ALiBi, per sample in training"
@@ -61,6 +62,9 @@ class RunSettings:
     gamma_start: float = flag(0.0, "bias of gamma's projection at the start (gamma = range tanh(bias))")
     bf16_weights: bool = flag(False, "weights in bfloat16, as the paper's authors train, in place of float32")
     compile: bool = flag(False, "torch.compile, with every batch padded to one shape")
+    average: float = flag(
+        0.0, "decay of a moving average of the weights, which is validated and kept in their place; 0 for none"
+    )
     validations: int = flag(0, "how often to validate over the run and keep the best model; 0 keeps the last")
     validate_multiple: int = flag(64, "length of the validation samples, in multiples of the longest in training")
     validate_samples: int = flag(512, "how many, apart from the test samples")
@@ -73,6 +77,10 @@ class RunSettings:
             raise ValueError("a run needs an end: give --steps or --minutes")
         if self.schedule not in ("linear", "cosine"):
             raise ValueError(f"schedule must be linear or cosine, got {self.schedule!r}")
+        if self.ease_corrupt and self.ease_in <= 0:
+            raise ValueError("ease-corrupt takes as many updates as ease-in: give --ease-in")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"average must be at least 0 and below 1, got {self.average}")
         if self.key_noise_heads not in ("nope", "all"):
             raise ValueError(f"key-noise-heads must be nope or all, got {self.key_noise_heads!r}")
         if self.key_noise_loss > 0 and self.key_noise <= 0:

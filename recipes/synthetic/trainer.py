@@ -7,11 +7,13 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 import hf_asentmax
 from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
@@ -69,6 +71,9 @@ class Trainer:
             betas=(0.9, 0.99),
             fused=device.type == "cuda",
         )
+        self.averaged: AveragedModel | None = None
+        if settings.average > 0:
+            self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.average)).eval()
         # One source for the data and what is done to it, on the device; one for shapes, on the host.
         self.data = torch.Generator(device).manual_seed(seed + 1)
         self.shapes = torch.Generator().manual_seed(seed + 1)
@@ -86,6 +91,11 @@ class Trainer:
     @property
     def _checkpoint(self) -> Path:
         return self.folder / "checkpoint.pt"
+
+    @property
+    def kept_model(self) -> PreTrainedModel:
+        """What is validated and kept: the model, or the average of its weights."""
+        return self.model if self.averaged is None else cast(PreTrainedModel, self.averaged.module)
 
     @property
     def progress(self) -> float:
@@ -194,6 +204,8 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
         self.loss_sum += loss.detach()
         if settings.key_noise_loss > 0 and self.left_plateau is not None:
             self.noise_times *= torch.where(loss.detach() < settings.key_noise_loss, NOISE_STEP, 1 / NOISE_STEP)
@@ -217,7 +229,8 @@ class Trainer:
         if choosing:
             self.jitter.lowest(settings.batch, self.device)
             batch = hardest(batch, settings.batch, lambda part: self._losses(part, "none").sum(dim=1))
-        return corrupted_answers(batch, self.task, settings.corrupt, self.data)
+        strength = self._eased_in() if settings.ease_corrupt else 1.0
+        return corrupted_answers(batch, self.task, strength * settings.corrupt, self.data)
 
     def _losses(self, batch: Batch, reduction: str) -> torch.Tensor:
         """The mean loss of all targets, or (batch, targets) losses."""
@@ -240,7 +253,7 @@ class Trainer:
     def _validate(self, bar: tqdm[Any]) -> None:
         self.model.eval()
         length = self.settings.validate_multiple * self.task.max_length
-        result = measure(self.model, self.task, length, self.settings.validate_samples, seed=VALIDATION_SEED)
+        result = measure(self.kept_model, self.task, length, self.settings.validate_samples, seed=VALIDATION_SEED)
         self.model.train()
         better = all(_error(result) <= _error(earlier) for earlier in self.validations)
         self.validations.append({"step": self.step, **result})
@@ -249,7 +262,7 @@ class Trainer:
             self._keep()
 
     def _keep(self) -> None:
-        self.model.save_pretrained(self.folder / "model")
+        self.kept_model.save_pretrained(self.folder / "model")
         self.kept_step = self.step
 
     def _wait(self) -> None:
@@ -260,6 +273,7 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "averaged": None if self.averaged is None else self.averaged.state_dict(),
             "data": self.data.get_state(),
             "shapes": self.shapes.get_state(),
             **{name: getattr(self, name) for name in _COUNTERS},
@@ -278,6 +292,8 @@ class Trainer:
             )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["averaged"])
         self.data.set_state(state["data"])
         self.shapes.set_state(state["shapes"])
         for name in _COUNTERS:

@@ -283,7 +283,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
         steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, channel_drop=0.1, key_noise=0.1, key_noise_loss=1e9,
         hard_candidates=2,
         ease_in=3, plateau=1e9, warmup=3, validations=2, validate_multiple=1, validate_samples=4,
-        alpha_start=1.1, alpha_until=0.6,
+        alpha_start=1.1, alpha_until=0.6, ease_corrupt=True, average=0.5,
     )  # fmt: skip
     straight, resumed = trained(tmp_path / "a", task, settings), trained(tmp_path / "b", task, settings, stops=True)
     assert len(straight.log) == 3 and len(straight.validations) == 2
@@ -291,12 +291,44 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     assert straight.model.config.asentmax.alpha == 1.5
     assert straight.noise_times == resumed.noise_times > 1.01
     assert straight.tokens == resumed.tokens and straight.kept_step == resumed.kept_step
-    for (name, one), other in zip(
-        straight.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
-    ):
-        assert torch.equal(one, other), name
+    for one_model, other_model in ((straight.model, resumed.model), (straight.kept_model, resumed.kept_model)):
+        for (name, one), other in zip(one_model.state_dict().items(), other_model.state_dict().values(), strict=True):
+            assert torch.equal(one, other), name
     with pytest.raises(ValueError, match="other settings"):
         Trainer(task, replace(settings, warmup=4), 3, tmp_path / "b" / "seed3", CPU)
+
+
+def test_the_average_of_the_weights_is_kept(tmp_path: Path) -> None:
+    settings = RunSettings(steps=3, batch=4, warmup=1, average=0.75)
+    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
+    weight, averages = trainer.model.lm_head.weight, []
+    for _ in range(3):
+        trainer._update()
+        trainer.step += 1
+        averages.append(weight.detach().clone() if not averages else averages[-1].lerp(weight.detach(), 0.25))
+    trainer._keep()
+    torch.testing.assert_close(load_model(tmp_path / "model").lm_head.weight, averages[-1])
+    assert not torch.allclose(averages[-1], weight)
+    with pytest.raises(ValueError, match="below 1"):
+        RunSettings(average=1.0)
+
+
+def test_corruption_can_wait_for_the_end_of_the_plateau(tmp_path: Path) -> None:
+    settings = RunSettings(steps=8, batch=64, corrupt=1.0, ease_corrupt=True, ease_in=4, plateau=1e9, log_every=1)
+    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
+
+    def wrong_inputs() -> int:
+        batch = trainer._next_batch(0.0)
+        letters = batch.inputs[:, batch.answer_letters]
+        return int((letters != batch.labels[:, batch.answer_letters - batch.answer_letters[0] + 1]).sum())
+
+    assert wrong_inputs() == 0
+    trainer.left_plateau, trainer.step = {"step": 0}, 2
+    some = wrong_inputs()
+    trainer.step = 4
+    assert 0 < some < wrong_inputs()
+    with pytest.raises(ValueError, match="give --ease-in"):
+        RunSettings(ease_corrupt=True)
 
 
 def test_key_noise_follows_the_loss(tmp_path: Path) -> None:
