@@ -46,6 +46,9 @@ class ScoreJitter:
         noise: size of the keys' noise; 0 for none.
         noise_on_all: whether heads with ALiBi get noise too. Without it, strong noise makes a model look up by heads
             with ALiBi, which don't see far.
+        log_uniform: whether the factor's logarithm is uniform, not the factor: with a small `low`, scores of any size
+            come down to where more than one key has a weight. A row whose weight lies on one key alone has no gradient,
+            right or wrong.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class ScoreJitter:
         drop: float = 0.0,
         noise: float = 0.0,
         noise_on_all: bool = False,
+        log_uniform: bool = False,
     ) -> None:
         if not 0 < low <= 1:
             raise ValueError(f"the smallest factor must lie above 0 and be at most 1, got {low}")
@@ -63,7 +67,7 @@ class ScoreJitter:
             raise ValueError(f"the probability of leaving a channel out must be at least 0 and below 1, got {drop}")
         if noise < 0:
             raise ValueError(f"the size of the keys' noise must be at least 0, got {noise}")
-        self.low, self.drop, self.noise = low, drop, noise
+        self.low, self.drop, self.noise, self.log_uniform = low, drop, noise, log_uniform
         width = model.config.num_attention_heads * model.config.head_dim
         self._head_dim = model.config.head_dim
         self._unchanged = alibi_heads * self._head_dim
@@ -94,7 +98,10 @@ class ScoreJitter:
         """
         device = generator.device
         uniform = torch.rand((size, 1, 1), generator=generator, device=device)
-        self._factor = 1 - strength * (1 - self.low) * uniform
+        if self.log_uniform:
+            self._factor = self.low ** (strength * uniform)
+        else:
+            self._factor = 1 - strength * (1 - self.low) * uniform
         if self.drop > 0:
             kept = torch.rand((size, 1, self._channels), generator=generator, device=device) >= strength * self.drop
             self._factor = self._factor * kept

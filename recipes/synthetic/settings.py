@@ -34,6 +34,7 @@ class RunSettings:
     )
     ease_corrupt: bool = flag(False, "corrupt answers only once the plateau is left, over the updates of --ease-in")
     jitter: float = flag(1.0, "scores of heads without ALiBi times a factor in [jitter, 1] per sample in training")
+    jitter_law: str = flag("uniform", "law of jitter's factor: uniform, or log: its logarithm is uniform")
     channel_drop: float = flag(
         0.0, "probability with which a channel is left out of the scores of heads without ALiBi, per sample in training"
     )
@@ -77,6 +78,8 @@ class RunSettings:
             raise ValueError("a run needs an end: give --steps or --minutes")
         if self.schedule not in ("linear", "cosine"):
             raise ValueError(f"schedule must be linear or cosine, got {self.schedule!r}")
+        if self.jitter_law not in ("uniform", "log"):
+            raise ValueError(f"jitter-law must be uniform or log, got {self.jitter_law!r}")
         if self.ease_corrupt and self.ease_in <= 0:
             raise ValueError("ease-corrupt takes as many updates as ease-in: give --ease-in")
         if not 0 <= self.average < 1:

@@ -63,6 +63,7 @@ class Trainer:
             settings.channel_drop,
             settings.key_noise,
             settings.key_noise_heads == "all",
+            settings.jitter_law == "log",
         )
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(

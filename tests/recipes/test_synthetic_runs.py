@@ -181,6 +181,13 @@ def test_jitter_draws_one_factor_a_sample() -> None:
     factor = jitter._factor
     assert factor is not None and factor.shape == (1000, 1, 1)
     assert 0.5 <= float(factor.min()) < 0.51 and 0.99 < float(factor.max()) <= 1.0
+    jitter = ScoreJitter(build_model(SMALL, "entmax", "nape"), 0.01, 2, log_uniform=True)
+    jitter.draw(1000, 9, torch.Generator().manual_seed(0))
+    assert jitter._factor is not None
+    logarithm = jitter._factor.log10()
+    assert -2 <= float(logarithm.min()) < -1.98 and abs(float(logarithm.mean()) + 1) < 0.05
+    jitter.draw(1000, 9, torch.Generator().manual_seed(0), 0.0)
+    assert bool((jitter._factor == 1).all())
 
 
 def test_changes_of_scores_come_in_after_the_plateau(tmp_path: Path) -> None:
@@ -280,8 +287,8 @@ def trained(folder: Path, task: Task, settings: RunSettings, stops: bool = False
 def test_resuming_is_exact(tmp_path: Path) -> None:
     task = replace(SMALL, near_misses_end=1.0, one_letter_end=0.3, min_queries=1, max_queries=5)
     settings = RunSettings(
-        steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, channel_drop=0.1, key_noise=0.1, key_noise_loss=1e9,
-        hard_candidates=2,
+        steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, jitter_law="log", channel_drop=0.1,
+        key_noise=0.1, key_noise_loss=1e9, hard_candidates=2,
         ease_in=3, plateau=1e9, warmup=3, validations=2, validate_multiple=1, validate_samples=4,
         alpha_start=1.1, alpha_until=0.6, ease_corrupt=True, average=0.5,
     )  # fmt: skip
