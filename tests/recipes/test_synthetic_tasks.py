@@ -237,6 +237,10 @@ def test_words_that_share_a_letter() -> None:
     indices = torch.arange(500)
     near = pool.words[pool.sharing_a_letter(indices, 2, generator)]
     assert (near == pool.words).any(dim=1).all() and ((near == pool.words).sum(dim=1) == 1).float().mean() > 0.9
+    crossed = pool.words[pool.sharing_a_letter(indices, 2, generator, crossed=1.0)]
+    assert bool((crossed.flip(-1) == pool.words[indices]).any(-1).all())
+    half = pool.words[pool.sharing_a_letter(indices, 2, generator, crossed=0.5)]
+    assert 0.3 < float((half == pool.words[indices]).any(-1).float().mean()) < 0.8
     first = pool.words[pool.sharing_a_letter(indices, 1, generator)]
     assert torch.equal(first[:, 0], pool.words[:, 0])
     together = pool.words[pool.all_sharing_a_letter(50, 4, 2, generator)]

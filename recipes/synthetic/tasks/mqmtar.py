@@ -62,11 +62,14 @@ class Mqmtar(Task):
     one_letter: float = flag(0.0, "share of training samples, at the start, all of whose keys (values) share a letter")
     one_letter_end: float = flag(0.0, "the same share once the ramp is over")
     ramp: float = flag(0.6, "part of the run over which the two shares change")
+    near_crossed: float = flag(0.0, "share of the keys' near misses whose shared letter stands in the other place")
     near_in: str = flag("both", "where near misses and shared letters are put: keys, values or both")
 
     def __post_init__(self) -> None:
         if self.near_in not in ("keys", "values", "both"):
             raise ValueError(f"near_in must be keys, values or both, got {self.near_in!r}")
+        if not 0 <= self.near_crossed <= 1:
+            raise ValueError(f"near_crossed must be from 0 to 1, got {self.near_crossed}")
         if not 1 <= self.min_queries <= self.max_queries:
             raise ValueError(f"expected 1 <= min_queries <= max_queries, got {self.min_queries}, {self.max_queries}")
 
@@ -97,7 +100,7 @@ class Mqmtar(Task):
         near = self.near_misses + risen * (self.near_misses_end - self.near_misses)
         shared = self.one_letter + risen * (self.one_letter_end - self.one_letter)
         in_keys, in_values = self.near_in != "values", self.near_in != "keys"
-        keys = _confusable(key_pool, size, pairs, in_keys * near, in_keys * shared, 2, generator)
+        keys = _confusable(key_pool, size, pairs, in_keys * near, in_keys * shared, 2, generator, self.near_crossed)
         values = _confusable(value_pool, size, pairs, in_values * near, in_values * shared, 1, generator)
         return self._assembled(key_pool.words[keys], value_pool.words[values], length, queries, generator)
 
@@ -140,6 +143,7 @@ def _confusable(
     shared: float,
     places: int,
     generator: torch.Generator,
+    crossed: float = 0.0,
 ) -> torch.Tensor:
     """(size, pairs) indices of distinct words: at random, but for the shares of the samples that are made hard.
 
@@ -147,12 +151,15 @@ def _confusable(
         near: share in which half of the words share one letter with another word.
         shared: share in which all words share one letter.
         places: which letter may be shared: 1 the first only, 2 either.
+        crossed: share of the near misses whose shared letter stands in the other place.
     """
     words = distinct_integers(size, pairs, len(pool.words), generator)
     if near > 0:
         half = pairs // 2
         base = words[:, :half]
-        alternative = torch.cat([base, pool.sharing_a_letter(base, places, generator), words[:, 2 * half :]], dim=1)
+        alternative = torch.cat(
+            [base, pool.sharing_a_letter(base, places, generator, crossed), words[:, 2 * half :]], dim=1
+        )
         order = torch.rand(words.shape, generator=generator, device=words.device).argsort(dim=1)
         words = _some_rows(words, alternative.gather(1, order), near, generator)
     if shared > 0:

@@ -72,15 +72,21 @@ class WordPool:
         tensors = (tensor.to(device) for tensor in (self.by_letter, self.start, self.count))
         return WordPool(self.words.to(device), self.first_letter, *tensors)
 
-    def sharing_a_letter(self, indices: torch.Tensor, places: int, generator: torch.Generator) -> torch.Tensor:
-        """For each word another (or, seldom, the same) that has one of its letters in the same place.
+    def sharing_a_letter(
+        self, indices: torch.Tensor, places: int, generator: torch.Generator, crossed: float = 0.0
+    ) -> torch.Tensor:
+        """For each word another (or, seldom, the same) that has one of its letters, in the same place or the other.
 
         Args:
             indices: of words, any shape.
             places: which of them may be shared: 1 the first only, 2 either, chosen anew for each word.
+            crossed: share of the words whose letter the other word has in its other place.
         """
         place = _random_below(places, tuple(indices.shape), generator)
         letter = self.words[indices].gather(-1, place[..., None])[..., 0] - self.first_letter
+        if crossed > 0:
+            crosses = torch.rand(indices.shape, generator=generator, device=generator.device) < crossed
+            place = torch.where(crosses, 1 - place, place)
         nth = _random_below(self.count[place, letter].clamp_min(1), tuple(indices.shape), generator)
         return self.by_letter[place, self.start[place, letter] + nth]
 
