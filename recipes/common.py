@@ -136,8 +136,9 @@ def length_axes(train_length: int, lengths: Sequence[int], panels: int = 1) -> t
         axes.set_xlim(left, right)
         axes.axvspan(left, train_length, color="#000000", alpha=0.05, linewidth=0)
         axes.text(
-            left * 1.04, 0.02, "trained", transform=axes.get_xaxis_transform(), va="bottom", fontsize=8, color="#666666"
-        )
+            left * 1.06, 0.5, "trained", transform=axes.get_xaxis_transform(), va="center", rotation=90, fontsize=8,
+            color="#666666",
+        )  # fmt: skip
         axes.set_xlabel("length in tokens (times the training length)")
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)
