@@ -6,12 +6,14 @@
 Static cache, bfloat16, greedy, batch 1. The cache is filled with random keys and values instead of a prompt's, which
 costs the same to decode from, and the decoding steps are those that `generate` compiles: the model's forward in mode
 reduce-overhead (CUDA graphs). Weights are those of a model at its start; --sharpen multiplies query projections, so
-that supports are about as small as in a trained model.
+that supports are about as small as in a trained model. step_ms is the wall clock of a step, gpu_ms the time between
+its first kernel's start and its last one's end: the difference is the host's.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -27,6 +30,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Sta
 import hf_asentmax  # noqa: F401  (registers the presets)
 from recipes.common import results_header, write_json
 
+ROUNDS = 3  # each measures all methods in turn
+GPU_STEPS = 5  # steps whose time on the GPU is measured
 SIZES: dict[str, dict[str, Any]] = {
     "124M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048},
     "1B": {
@@ -74,23 +79,79 @@ def filled_cache(model: PreTrainedModel, context: int, new: int) -> StaticCache:
     return cache
 
 
-def seconds_a_step(model: PreTrainedModel, context: int, new: int, *, compiled: bool) -> list[float]:
-    """Host and device seconds of each decoding step, after three of warm-up and one uncompiled, as a prompt is."""
-    device = model.device
-    cache = filled_cache(model, context, new + 4)
-    model(torch.ones(1, 1, dtype=torch.long, device=device), past_key_values=cache, use_cache=True)
-    step = torch.compile(model, mode="reduce-overhead", fullgraph=True) if compiled else model
-    token = torch.ones(1, 1, dtype=torch.long, device=device)
-    seconds = []
-    for index in range(new + 3):
-        begin = time.perf_counter()
-        logits = step(token, past_key_values=cache, use_cache=True).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        if device.type == "cuda":
+class Decoding:
+    """Greedy decoding of one model from a filled cache, step by step."""
+
+    def __init__(self, model: PreTrainedModel, context: int, room: int, *, compiled: bool) -> None:
+        self.device = model.device
+        self._cache = filled_cache(model, context, room)
+        self._token = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        model(self._token, past_key_values=self._cache, use_cache=True)  # uncompiled, as a prompt is
+        self._step = torch.compile(model, mode="reduce-overhead", fullgraph=True) if compiled else model
+
+    def step(self) -> None:
+        """One token, waited for, as `generate` does to see whether it has to stop."""
+        logits = self._step(self._token, past_key_values=self._cache, use_cache=True).logits
+        self._token = logits[:, -1].argmax(-1, keepdim=True)
+        if self.device.type == "cuda":
             torch.cuda.synchronize()
-        if index >= 3:
-            seconds.append(time.perf_counter() - begin)
-    return seconds
+
+    def seconds(self, steps: int) -> list[float]:
+        """Wall clock seconds of each step."""
+        times = [time.perf_counter()]
+        for _ in range(steps):
+            self.step()
+            times.append(time.perf_counter())
+        return [end - begin for begin, end in itertools.pairwise(times)]
+
+    def gpu_seconds(self, steps: int) -> float | None:
+        """Median over steps of the time from a step's first kernel to its last one's end; None without a GPU."""
+        if self.device.type != "cuda":
+            return None
+        spans = []
+        for _ in range(steps):
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                self.step()
+            kernels = [event.time_range for event in profiler.events() if event.device_type == DeviceType.CUDA]
+            spans.append(max(kernel.end for kernel in kernels) - min(kernel.start for kernel in kernels))
+        return statistics.median(spans) * 1e-6
+
+
+def compare(
+    size: dict[str, Any], context: int, sharpen: float, device: str, arguments: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """All methods, a round each in turn, so that what else the host does meets all of them."""
+    room = 8 + ROUNDS * arguments.new + GPU_STEPS
+    torch._dynamo.reset()
+    decodings: dict[str, Decoding] = {}
+    for method, (implementation, flags) in METHODS.items():
+        model = build(implementation, flags, size, context + room)
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(sharpen)
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
+        decodings[method] = Decoding(model, context, room, compiled=arguments.compile and device == "cuda")
+        decodings[method].seconds(4)
+    rounds = [{name: decoding.seconds(arguments.new) for name, decoding in decodings.items()} for _ in range(ROUNDS)]
+    reference, *_ = METHODS
+    rows = []
+    for method, decoding in decodings.items():
+        medians = [statistics.median(seconds[method]) for seconds in rounds]
+        ratios = [statistics.median(seconds[reference]) / statistics.median(seconds[method]) for seconds in rounds]
+        gpu = decoding.gpu_seconds(GPU_STEPS)
+        rows.append(
+            {
+                "context": context,
+                "sharpen": sharpen,
+                "method": method,
+                "step_ms": round(1e3 * statistics.median(medians), 4),
+                "step_ms_rounds": [round(1e3 * median, 4) for median in medians],
+                "gpu_ms": None if gpu is None else round(1e3 * gpu, 4),
+                "tokens_per_second": round(1 / statistics.median(medians), 1),
+                "times_faster_than_sdpa": round(statistics.median(ratios), 3),
+                "times_faster_rounds": [round(ratio, 3) for ratio in ratios],
+            }
+        )
+    return rows
 
 
 @torch.no_grad()
@@ -99,7 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--context", type=int, nargs="+", default=[32768])
-    parser.add_argument("--new", type=int, default=64, help="measured tokens")
+    parser.add_argument("--new", type=int, default=64, help=f"measured tokens in each of {ROUNDS} rounds")
     parser.add_argument("--sharpen", type=float, nargs="+", default=[16.0, 1.0], help="factors on query projections")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script without a GPU")
@@ -113,39 +174,17 @@ def main() -> None:
     started = time.perf_counter()
     header = results_header(torch.device(device), [0])
     rows: list[dict[str, Any]] = []
-    for name in arguments.sizes:
-        for context in arguments.context:
-            for sharpen in arguments.sharpen:
-                reference = None
-                for method, (implementation, flags) in METHODS.items():
-                    if time.perf_counter() - started > arguments.seconds:
-                        print("out of time")
-                        return
-                    torch._dynamo.reset()
-                    model = build(implementation, flags, SMALL if arguments.small else SIZES[name], context + 1024)
-                    for layer in model.model.layers:
-                        layer.self_attn.q_proj.weight.mul_(sharpen)
-                    model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
-                    steps = seconds_a_step(
-                        model, context, arguments.new, compiled=arguments.compile and device == "cuda"
-                    )
-                    median = statistics.median(steps)
-                    reference = reference or median
-                    row = {
-                        "size": name,
-                        "context": context,
-                        "sharpen": sharpen,
-                        "method": method,
-                        "step_ms": round(1e3 * median, 4),
-                        "tokens_per_second": round(1 / median, 1),
-                        "times_faster_than_sdpa": round(reference / median, 3),
-                    }
-                    rows.append(row)
-                    print(row, flush=True)
-                    write_json(arguments.output, {**header, "rows": rows})
-                    del model
-                    if device == "cuda":
-                        torch.cuda.empty_cache()
+    for name, context, sharpen in itertools.product(arguments.sizes, arguments.context, arguments.sharpen):
+        if time.perf_counter() - started > arguments.seconds:
+            print("out of time")
+            return
+        size = SMALL if arguments.small else SIZES[name]
+        for row in compare(size, context, sharpen, device, arguments):
+            rows.append({"size": name, **row})
+            print(rows[-1], flush=True)
+        write_json(arguments.output, {**header, "rows": rows})
+        if device == "cuda":
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
