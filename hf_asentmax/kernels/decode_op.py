@@ -89,6 +89,9 @@ def decode_attention(
     key_valid = dense_mask = slopes = bound = None
     if attention_mask is not None and attention_mask.ndim == 2:
         key_valid = attention_mask.contiguous()
+    elif attention_mask is not None and attention_mask.shape[1] == query.shape[2] == 1:
+        # A static cache's mask: one row for all heads says of each key what a padding mask says, and costs less to read
+        key_valid = attention_mask[:, 0, 0].expand(query.shape[0], -1).contiguous()
     else:
         dense_mask = attention_mask
     if alibi_slopes is not None:

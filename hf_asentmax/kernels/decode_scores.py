@@ -47,36 +47,42 @@ class Workspace(NamedTuple):
 def _nearest_visible(masks, batch, head, rows, position, exists, kv_len, LEVELS: tl.constexpr):
     """A distance at which each row sees a key for certain, _FAR where none was found.
 
-    Without a free mask that is the row's own key. In a free mask (a static cache's) it is the last visible one, found
-    by samples: 64 evenly spaced keys, then 64 behind the last visible of them, and so on.
+    Mostly that is the row's own key. Where a mask hides it (a static cache's unfilled slots), it is the last visible
+    key of those looked at: 64 evenly spaced ones, then 64 behind the last visible of them, and so on.
     """
-    known = exists & (position >= 0) & (position < kv_len)
-    if masks.key_valid is not None:
-        known = known & (tl.load(masks.key_valid + batch.to(tl.int64) * kv_len + position, mask=known, other=0) != 0)
+    own = exists & (position >= 0) & (position < kv_len)
+    known = _shown(masks, batch, head, rows, position, own, kv_len)
     distance = tl.where(known, 0, _FAR)
+    if (masks.dense is not None) or (masks.key_valid is not None):  # noqa: SIM102 (one is decided at compile time)
+        if tl.max((exists & (known == 0)).to(tl.int32), 0) > 0:
+            best = position * 0
+            found = best != 0
+            step = position * 0 + 64 ** (LEVELS - 1)
+            for _ in tl.static_range(LEVELS):
+                sample = best[:, None] + step[:, None] * tl.arange(0, 64)[None, :]
+                inside = exists[:, None] & (sample < kv_len) & (sample <= position[:, None])
+                if masks.window is not None:
+                    inside = inside & (sample > position[:, None] - masks.window)
+                seen = _shown(masks, batch, head[:, None], rows[:, None], sample, inside, kv_len)
+                last = tl.max(tl.where(seen, sample, -1), 1)
+                found = found | (last >= 0)
+                best = tl.maximum(best, last)
+                step = step // 64
+            distance = tl.where(known, 0, tl.where(found, position - best, _FAR))
+    return distance
+
+
+@triton.jit
+def _shown(masks, batch, head, rows, keys, inside, kv_len):
+    """Which of the keys, where `inside`, the padding and the free mask show."""
+    seen = inside
+    if masks.key_valid is not None:
+        seen = seen & (tl.load(masks.key_valid + batch.to(tl.int64) * kv_len + keys, mask=seen, other=0) != 0)
     if masks.dense is not None:
         offset = batch.to(tl.int64) * masks.dense_batch + head.to(tl.int64) * masks.dense_head
-        offset += rows.to(tl.int64) * masks.dense_row
-        best = position * 0
-        found = best != 0
-        step = position * 0 + 64 ** (LEVELS - 1)
-        for _ in tl.static_range(LEVELS):
-            sample = best[:, None] + step[:, None] * tl.arange(0, 64)[None, :]
-            inside = exists[:, None] & (sample < kv_len) & (sample <= position[:, None])
-            places = offset[:, None] + sample.to(tl.int64) * masks.dense_key
-            seen = tl.load(masks.dense + places, mask=inside, other=0) != 0
-            seen = seen & inside
-            if masks.key_valid is not None:
-                valid = masks.key_valid + batch.to(tl.int64) * kv_len
-                seen = seen & (tl.load(valid + sample, mask=seen, other=0) != 0)
-            if masks.window is not None:
-                seen = seen & (sample > position[:, None] - masks.window)
-            last = tl.max(tl.where(seen, sample, -1), 1)
-            found = found | (last >= 0)
-            best = tl.maximum(best, last)
-            step = step // 64
-        distance = tl.where(found, position - best, _FAR)
-    return distance
+        offset += rows.to(tl.int64) * masks.dense_row + keys.to(tl.int64) * masks.dense_key
+        seen = seen & (tl.load(masks.dense + offset, mask=seen, other=0) != 0)
+    return seen
 
 
 @triton.jit

@@ -89,7 +89,7 @@ def forward_tiles(problem: Problem) -> Tiles:
     if problem.width <= 64:
         return Tiles(64, 64, 4, 3)
     if problem.width <= 128:
-        return Tiles(64, 64, 4, 2)
+        return Tiles(128, 64, 8, 2) if problem.query.shape[2] > 64 else Tiles(64, 64, 4, 2)
     return Tiles(64, 32, 8, 2)
 
 

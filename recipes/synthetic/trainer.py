@@ -77,6 +77,8 @@ class Trainer:
         self.averaged: AveragedModel | None = None
         if settings.average > 0:
             self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.average)).eval()
+            # Its count is asked for in each update: on the device, that would wait for it
+            self.averaged.n_averaged = self.averaged.n_averaged.cpu()
         # One source for the data and what is done to it, on the device; one for shapes, on the host.
         self.data = torch.Generator(device).manual_seed(seed + 1)
         self.shapes = torch.Generator().manual_seed(seed + 1)

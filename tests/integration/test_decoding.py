@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from hf_asentmax import entmax_attention
 from hf_asentmax.integration import forward
 from hf_asentmax.integration.key_norms import key_norm_bound
-from hf_asentmax.kernels import decode_launch, decode_op
+from hf_asentmax.kernels import decode_launch, decode_op, launching
 
 from tiny_models import lossless_quantized_cache, perturb_scalings, random_ids, tiny_model
 
@@ -26,6 +26,7 @@ IDS = random_ids(2, 18)
 def decode_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether a bound came with each call of the kernels, which run from 13 keys on."""
     calls: list[bool] = []
+    launching.forget()  # a call remembered from another test would be repeated without coming here
     original = decode_launch.decode
 
     def counted(problem: Any, output: torch.Tensor, bound: torch.Tensor | None = None) -> None:

@@ -49,6 +49,7 @@ SMALL = [
     Case("holes", q_len=2, kv_len=400, batch=2, mask="holes", alibi=True),
     Case("no-keys", q_len=2, kv_len=400, batch=2, mask="nothing"),
     Case("free", q_len=3, kv_len=400, batch=2, heads=4, kv_heads=2, mask="free", causal=False, alibi=True),
+    Case("free-row", q_len=1, kv_len=400, batch=2, heads=4, kv_heads=2, mask="free", causal=False, alibi=True),
     Case("free-heads", q_len=3, kv_len=400, batch=2, heads=4, kv_heads=2, mask="free_heads", causal=False),
 ]
 
@@ -68,7 +69,8 @@ def _gpu_cases() -> list[Case]:
         Case("long-window", kv_len=131072, more={"sliding_window": 4096}, **grouped),
         Case("long-left", kv_len=20001, batch=3, mask="left", alibi=True, **grouped),
         Case("long-holes", kv_len=20001, batch=3, mask="holes", **grouped),
-        Case("long-free", kv_len=20001, batch=3, mask="free", causal=False, **grouped),
+        Case("long-row", kv_len=20001, batch=3, mask="free", causal=False, alibi=True, **grouped),
+        Case("long-free", kv_len=20001, batch=3, mask="free", causal=False, **{**grouped, "q_len": 2}),
         Case("million", q_len=1, kv_len=1_000_003, heads=2, kv_heads=1, head_dim=64, dtype=_BF16),
         Case("chunk", q_len=16, kv_len=9001, heads=8, kv_heads=1, head_dim=64, dtype=_BF16, alibi=True),
         Case("many", q_len=1, kv_len=3000, batch=300, heads=8, kv_heads=4, head_dim=64, dtype=_BF16),
@@ -106,14 +108,12 @@ def decoded(
     value: torch.Tensor,
     *,
     slopes: torch.Tensor | None = None,
-    dense_mask: torch.Tensor | None = None,
     key_norm_bound: torch.Tensor | None = None,
     **changes: int,
 ) -> torch.Tensor:
     """The kernels with some sizes other than those of decode_tiles."""
-    ranges = RowRanges(None, None, None, None, dense_mask if dense_mask is None else dense_mask.view(torch.uint8))
-    causal = dense_mask is None
-    problem = Problem(query, key, value, 1.5, query.shape[3] ** -0.5, causal, None, None, slopes, ranges)
+    ranges = RowRanges(None, None, None, None, None)
+    problem = Problem(query, key, value, 1.5, query.shape[3] ** -0.5, True, None, None, slopes, ranges)
     output = torch.full((*query.shape[:3], value.shape[3]), 7.0, dtype=query.dtype, device=query.device)
     sizes: DecodeTiles = decode_launch.decode_tiles(problem)._replace(**changes)
     decode_launch.decode(problem, output, key_norm_bound, sizes)
@@ -181,15 +181,15 @@ def test_values_without_weight_are_not_read(device: str) -> None:
     assert (weights == 0).any()
 
 
-@pytest.mark.parametrize("static", [False, True])
-def test_keys_out_of_an_alibi_heads_reach_are_not_read(static: bool, device: str) -> None:
+@pytest.mark.parametrize(("static", "q_len"), [(False, 2), (True, 2), (True, 1)])
+def test_keys_out_of_an_alibi_heads_reach_are_not_read(static: bool, q_len: int, device: str) -> None:
     """With a bound on the keys' norms. What is read would show: it is no number."""
-    query, key, value, _ = tensors(Case("reach", q_len=2, kv_len=900, heads=4, kv_heads=2, head_dim=16), device)
+    query, key, value, _ = tensors(Case("reach", q_len=q_len, kv_len=900, heads=4, kv_heads=2, head_dim=16), device)
     slopes = torch.tensor([1.0, 0.5, 0.25, 0.2], device=device)
     mask, filled = None, 900
     if static:
         filled = 700
-        mask = torch.ones(1, 1, 2, 900, dtype=torch.bool, device=device).tril(filled - 2)
+        mask = torch.ones(1, 1, q_len, 900, dtype=torch.bool, device=device).tril(filled - q_len)
     norms = key.norm(dim=-1).amax(-1)
     expected = entmax_attention(
         query.double(),
@@ -201,19 +201,29 @@ def test_keys_out_of_an_alibi_heads_reach_are_not_read(static: bool, device: str
         is_causal=mask is None,
     )
     key[:, :, : filled - 384] = float("nan")
-    actual = decoded(query, key, value, slopes=slopes, dense_mask=mask, key_norm_bound=norms)
+    actual = entmax_attention(
+        query,
+        key,
+        value,
+        backend="triton",
+        alibi_slopes=slopes,
+        attention_mask=mask,
+        is_causal=mask is None,
+        key_norm_bound=norms,
+    )
     assert_close("output", actual, expected, 1e-5)
 
 
-def test_alibi_is_exact_far_from_the_end_of_a_static_cache(device: str) -> None:
+@pytest.mark.parametrize("q_len", [1, 2])
+def test_alibi_is_exact_far_from_the_end_of_a_static_cache(q_len: int, device: str) -> None:
     """The positions of queries are the cache's last; the keys that they see are its first."""
     kv_len, filled = (120_000, 400) if device == "cuda" else (3000, 400)
-    query, key, value, _ = tensors(Case("static", q_len=2, kv_len=filled, head_dim=16), device)
+    query, key, value, _ = tensors(Case("static", q_len=q_len, kv_len=filled, head_dim=16), device)
     expected = entmax_attention(
         query.double(), key.double(), value.double(), backend="eager", alibi_slopes=torch.ones(2, device=device)
     )
     empty = torch.zeros(1, 2, kv_len - filled, 16, device=device)
-    mask = torch.ones(1, 1, 2, kv_len, dtype=torch.bool, device=device).tril(filled - 2)
+    mask = torch.ones(1, 1, q_len, kv_len, dtype=torch.bool, device=device).tril(filled - q_len)
     actual = entmax_attention(
         query,
         torch.cat([key, empty], 2),
