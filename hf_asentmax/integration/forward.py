@@ -32,6 +32,7 @@ _REFUSED_ARGUMENTS = {
     "cache": "a paged cache (continuous batching); use generate()",
     "block_table": "a paged cache (continuous batching); use generate()",
 }
+_COUNT = "_asentmax_visible_count"  # on a traced mask
 # Arguments that are known and need nothing here.
 _KNOWN_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {
     "cache_position",
@@ -108,13 +109,7 @@ def asentmax_attention_forward(
         hidden_states = kwargs.get(HIDDEN_STATES_ARGUMENT)
         if hidden_states is None:
             raise RuntimeError(f"the layer's input did not reach the attention function of {type(module).__name__}")
-        count = visible_count(
-            query_positions(query.shape[2], key.shape[2], query.device),
-            key.shape[2],
-            is_causal=causal,
-            attention_mask=attention_mask,
-            sliding_window=sliding_window,
-        )
+        count = _visible_count(query, key, causal, attention_mask, sliding_window)
         if count.shape[1] > 1:  # a mask per head
             count = count[:, settings.num_unscaled_heads :]
         query = _scaled_query(query, length_scaling(hidden_states, count), settings.num_unscaled_heads)
@@ -206,6 +201,34 @@ def _boolean_mask(mask: torch.Tensor) -> torch.Tensor:
     elif not bool(shows_or_hides):
         raise NotImplementedError(message)
     return visible
+
+
+def _visible_count(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    is_causal: bool,
+    attention_mask: torch.Tensor | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """How many keys each query sees; compiled decoding counts them once for all layers.
+
+    Their 4D mask is one tensor, which remembers its count while the step is traced. Inductor does not merge equal sums,
+    and a sum over a long cache takes as long as much of the attention.
+    """
+    remembers = torch.compiler.is_compiling() and query.shape[2] == 1 and attention_mask is not None
+    remembers = remembers and attention_mask.ndim == 4  # type: ignore[union-attr]
+    count = getattr(attention_mask, _COUNT, None) if remembers else None
+    if count is None:
+        count = visible_count(
+            query_positions(query.shape[2], key.shape[2], query.device),
+            key.shape[2],
+            is_causal=is_causal,
+            attention_mask=attention_mask,
+            sliding_window=sliding_window,
+        )
+        if remembers:
+            setattr(attention_mask, _COUNT, count)
+    return count
 
 
 def _scaled_query(query: torch.Tensor, factor: torch.Tensor, num_unscaled_heads: int) -> torch.Tensor:

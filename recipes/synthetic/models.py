@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaModel, LlamaPreTrainedModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaModel,
+    LlamaPreTrainedModel,
+    PreTrainedModel,
+    Qwen3Config,
+)
 
 import hf_asentmax
 from recipes.synthetic import stick_breaking
@@ -51,7 +59,9 @@ class ItemClassifier(LlamaPreTrainedModel):
         return self.classifier(hidden_states[:, scored_at])
 
 
-def build_model(task: Task, method: str, positions: str, flags: dict[str, Any] | None = None) -> PreTrainedModel:
+def build_model(
+    task: Task, method: str, positions: str, flags: dict[str, Any] | None = None, *, qk_norm: bool = False
+) -> PreTrainedModel:
     """A new model of the task's size, its weights drawn from torch's global seed.
 
     Args:
@@ -59,10 +69,14 @@ def build_model(task: Task, method: str, positions: str, flags: dict[str, Any] |
         method: one of METHODS.
         positions: one of POSITIONS; stick-breaking has an order of its own and takes only rope or nope.
         flags: more flags of ASEntmaxConfig (`top_k`, `delta`, `gamma_range`, `alibi_slopes`, ...), which win.
+        qk_norm: queries and keys are normalised head by head, as in Qwen3, whose layers are Llama's otherwise. Scores
+            are then bounded by what the norms' learned factors allow.
     """
     if method not in METHODS or positions not in POSITIONS:
         raise ValueError(f"expected one of {METHODS} and of {POSITIONS}, got {method!r} and {positions!r}")
-    config = LlamaConfig(
+    if qk_norm and isinstance(task, MaxRetrieval):
+        raise ValueError("qk-norm is for tasks of tokens; max_retrieval has a model of its own")
+    config = (Qwen3Config if qk_norm else LlamaConfig)(
         vocab_size=task.vocabulary,
         hidden_size=task.hidden,
         intermediate_size=task.ffn,
@@ -96,7 +110,7 @@ def build_model(task: Task, method: str, positions: str, flags: dict[str, Any] |
 
 def load_model(folder: Path) -> PreTrainedModel:
     """A model that `save_pretrained` wrote, in eval mode."""
-    config = LlamaConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder)
     model_class = ItemClassifier if hasattr(config, "item_features") else AutoModelForCausalLM
     if hasattr(config, "stick_breaking_positions"):
         return _prepared(model_class.from_pretrained(folder, attn_implementation=stick_breaking.NAME)).eval()

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from recipes.synthetic.score_sizes import score_sizes, size_factors
 from recipes.synthetic.tasks import Batch, Task
 
 __all__ = ["ScoreJitter", "corrupted_answers", "hardest"]
@@ -51,9 +49,6 @@ class ScoreJitter:
         log_uniform: whether the factor's logarithm is uniform, not the factor: with a small `low`, scores of any size
             come down to where more than one key has a weight. A row whose weight lies on one key alone has no gradient,
             right or wrong.
-        sizes: (low, high): a further factor for each layer and head brings the size of its scores, as measured by
-            `measure` from time to time, down to one drawn between these for each sample. Unlike a fixed range of
-            factors, the model can't outgrow it.
     """
 
     def __init__(
@@ -65,7 +60,6 @@ class ScoreJitter:
         noise: float = 0.0,
         noise_on_all: bool = False,
         log_uniform: bool = False,
-        sizes: tuple[float, float] | None = None,
     ) -> None:
         if not 0 < low <= 1:
             raise ValueError(f"the smallest factor must lie above 0 and be at most 1, got {low}")
@@ -73,23 +67,18 @@ class ScoreJitter:
             raise ValueError(f"the probability of leaving a channel out must be at least 0 and below 1, got {drop}")
         if noise < 0:
             raise ValueError(f"the size of the keys' noise must be at least 0, got {noise}")
-        if sizes is not None and not 0 < sizes[0] <= sizes[1]:
-            raise ValueError(f"scores need a smallest size above 0 and a largest not below it, got {sizes}")
         self.low, self.drop, self.noise, self.log_uniform = low, drop, noise, log_uniform
-        self.sizes = sizes
-        self.measured = torch.empty(0)  # sizes, (layers, heads)
-        self._model = model
         width = model.config.num_attention_heads * model.config.head_dim
         self._head_dim = model.config.head_dim
         self._unchanged = alibi_heads * self._head_dim
         self._channels = width - self._unchanged
         self._without_noise = 0 if noise_on_all else self._unchanged
         self._noisy_channels = width - self._without_noise
-        self._factors: list[torch.Tensor] | None = None  # of each layer
+        self._factor: torch.Tensor | None = None
         self._added: torch.Tensor | None = None
-        for index, layer in enumerate(model.model.layers):
-            if low < 1 or drop > 0 or sizes is not None:
-                layer.self_attn.q_proj.register_forward_hook(partial(self._scaled, index))
+        for layer in model.model.layers:
+            if low < 1 or drop > 0:
+                layer.self_attn.q_proj.register_forward_hook(self._scaled)
             if noise > 0:
                 layer.self_attn.k_proj.register_forward_hook(self._noisy)
 
@@ -109,39 +98,28 @@ class ScoreJitter:
         """
         device = generator.device
         uniform = torch.rand((size, 1, 1), generator=generator, device=device)
-        factor = self.low ** (strength * uniform) if self.log_uniform else 1 - strength * (1 - self.low) * uniform
+        if self.log_uniform:
+            self._factor = self.low ** (strength * uniform)
+        else:
+            self._factor = 1 - strength * (1 - self.low) * uniform
         if self.drop > 0:
             kept = torch.rand((size, 1, self._channels), generator=generator, device=device) >= strength * self.drop
-            factor = factor * kept
-        self._factors = [factor] * len(self._model.model.layers)
-        if self.sizes is not None:
-            uniform = torch.rand(size, generator=generator, device=device)
-            caps = size_factors(self.measured, uniform, *self.sizes, strength).repeat_interleave(self._head_dim, -1)
-            self._factors = list((factor * caps[:, :, None, self._unchanged :]).unbind())
+            self._factor = self._factor * kept
         if self.noise > 0:
             noise = torch.randn((size, length, self._noisy_channels), generator=generator, device=device)
             self._added = noise.mul_(noise_times * (strength * self.noise))
 
-    def measure(self, batch: Batch) -> None:
-        """The sizes of the model's scores on a batch, from which the next draws start. Nothing without `sizes`."""
-        if self.sizes is not None:
-            self.measured = score_sizes(self._model, batch)
-
     def lowest(self, size: int, device: torch.device) -> None:
         """The smallest factor for each of `size` samples, without noise: one hard view for all of them."""
-        self._factors = [torch.full((size, 1, 1), self.low, device=device)] * len(self._model.model.layers)
-        if self.sizes is not None:
-            caps = size_factors(self.measured, torch.zeros(size, device=device), *self.sizes)
-            caps = caps.repeat_interleave(self._head_dim, -1)[:, :, None, self._unchanged :]
-            self._factors = list((self.low * caps).unbind())
+        self._factor = torch.full((size, 1, 1), self.low, device=device)
         self._added = None
 
     def _scaled(
-        self, layer: int, projection: nn.Module, inputs: tuple[torch.Tensor, ...], query: torch.Tensor
+        self, projection: nn.Module, inputs: tuple[torch.Tensor, ...], query: torch.Tensor
     ) -> torch.Tensor | None:
-        if not projection.training or self._factors is None:
+        if not projection.training or self._factor is None:
             return None
-        changed = (query[..., self._unchanged :] * self._factors[layer]).to(query.dtype)
+        changed = (query[..., self._unchanged :] * self._factor).to(query.dtype)
         return torch.cat([query[..., : self._unchanged], changed], dim=-1)
 
     def _noisy(self, projection: nn.Module, inputs: tuple[torch.Tensor, ...], key: torch.Tensor) -> torch.Tensor | None:

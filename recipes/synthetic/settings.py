@@ -21,6 +21,7 @@ class RunSettings:
         "asentmax", "attention: softmax, ssmax, adaptive_temperature, topk, entmax, asentmax, stick_breaking"
     )
     positions: str = flag("nape", "rope, nope, alibi or nape (stick_breaking: rope or nope)")
+    qk_norm: bool = flag(False, "queries and keys of one length each, with a learned factor a channel: Qwen3's layers")
     steps: int = flag(20_000, "updates, 0 for no limit")
     minutes: float = flag(0.0, "training time of each seed, 0 for no limit; compilation and validation don't count")
     batch: int = flag(1024, "samples in an update")
@@ -35,12 +36,6 @@ class RunSettings:
     ease_corrupt: bool = flag(False, "corrupt answers only once the plateau is left, over the updates of --ease-in")
     jitter: float = flag(1.0, "scores of heads without ALiBi times a factor in [jitter, 1] per sample in training")
     jitter_law: str = flag("uniform", "law of jitter's factor: uniform, or log: its logarithm is uniform")
-    score_size_low: float = flag(
-        0.0,
-        "with the next: in training, scores of heads without ALiBi come down to a size between these two, log-uniform "
-        "per sample; 0 for none",
-    )
-    score_size_high: float = flag(64.0, "the largest such size; smaller scores stay as they are")
     channel_drop: float = flag(
         0.0, "probability with which a channel is left out of the scores of heads without ALiBi, per sample in training"
     )
@@ -53,8 +48,7 @@ class RunSettings:
     )
     ease_in: int = flag(
         0,
-        "updates over which jitter, score sizes, channel drop and key noise come in once the plateau is left; "
-        "0: on from the start",
+        "updates over which jitter, channel drop and key noise come in once the plateau is left; 0: on from the start",
     )
     hard_candidates: int = flag(1, "train on the hardest `batch` of this many times as many samples, by their loss")
     hard_from: float = flag(0.5, "part of the run after which the hardest are chosen")
@@ -87,9 +81,9 @@ class RunSettings:
             raise ValueError(f"schedule must be linear or cosine, got {self.schedule!r}")
         if self.jitter_law not in ("uniform", "log"):
             raise ValueError(f"jitter-law must be uniform or log, got {self.jitter_law!r}")
-        if self.score_size_low < 0 or self.score_size_high < self.score_size_low:
+        if self.qk_norm and (self.jitter < 1 or self.channel_drop > 0):
             raise ValueError(
-                f"score-size-low and -high must be 0 <= low <= high, got {self.score_size_low}, {self.score_size_high}"
+                "jitter and channel-drop change queries before qk-norm undoes it: leave them out, or qk-norm"
             )
         if self.ease_corrupt and self.ease_in <= 0:
             raise ValueError("ease-corrupt takes as many updates as ease-in: give --ease-in")
@@ -110,11 +104,6 @@ class RunSettings:
             return last
         stair = int(progress / self.alpha_until * self.alpha_stairs + 1e-9)
         return self.alpha_start + (last - self.alpha_start) * stair / self.alpha_stairs
-
-    @property
-    def score_sizes(self) -> tuple[float, float] | None:
-        """The range of sizes that scores come down to, or None."""
-        return (self.score_size_low, self.score_size_high) if self.score_size_low > 0 else None
 
     @property
     def attention_flags(self) -> dict[str, Any]:

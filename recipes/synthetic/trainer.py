@@ -25,7 +25,6 @@ from recipes.synthetic.tasks import Batch, Task
 __all__ = ["Trainer", "learning_rate"]
 
 NOISE_STEP = 1.005  # by which key noise grows or shrinks in an update: twice as much after 140
-MEASURE_EVERY, MEASURED = 20, 64  # updates between two measurements of scores' sizes, and their samples
 
 
 def learning_rate(peak: float, step: int, progress: float, settings: RunSettings) -> float:
@@ -51,7 +50,9 @@ class Trainer:
     def __init__(self, task: Task, settings: RunSettings, seed: int, folder: Path, device: torch.device) -> None:
         self.task, self.settings, self.seed, self.folder, self.device = task, settings, seed, folder, device
         torch.manual_seed(seed)
-        self.model = build_model(task, settings.method, settings.positions, settings.attention_flags)
+        self.model = build_model(
+            task, settings.method, settings.positions, settings.attention_flags, qk_norm=settings.qk_norm
+        )
         self.model.to(device)  # type: ignore[arg-type]
         _start_projections(self.model, settings)
         if settings.bf16_weights:
@@ -65,7 +66,6 @@ class Trainer:
             settings.key_noise,
             settings.key_noise_heads == "all",
             settings.jitter_law == "log",
-            settings.score_sizes,
         )
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(
@@ -231,8 +231,6 @@ class Trainer:
         self.tokens += settings.batch * batch.inputs.shape[1]
         if settings.compile:
             batch = batch.padded(*self.task.padded_shape())
-        if self.step % MEASURE_EVERY == 0:
-            self.jitter.measure(batch.select(slice(0, MEASURED)))
         if choosing:
             self.jitter.lowest(settings.batch, self.device)
             batch = hardest(batch, settings.batch, lambda part: self._losses(part, "none").sum(dim=1))
@@ -283,7 +281,6 @@ class Trainer:
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
             "data": self.data.get_state(),
             "shapes": self.shapes.get_state(),
-            "score_sizes": self.jitter.measured,
             **{name: getattr(self, name) for name in _COUNTERS},
             **self._identity(),
         }
@@ -304,7 +301,6 @@ class Trainer:
             self.averaged.load_state_dict(state["averaged"])
         self.data.set_state(state["data"])
         self.shapes.set_state(state["shapes"])
-        self.jitter.measured = state["score_sizes"].to(self.device)
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self.loss_sum, self.noise_times = self.loss_sum.to(self.device), self.noise_times.to(self.device)

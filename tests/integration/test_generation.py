@@ -346,6 +346,27 @@ def test_static_cache_compiled() -> None:
     assert torch.allclose(torch.cat(outs, 1), full[:, 8:], atol=5e-6)
 
 
+def test_compiled_decoding_counts_visible_keys_once_for_all_layers() -> None:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    model = build("llama")
+    cache = StaticCache(config=model.config, max_cache_len=24)
+    with torch.no_grad():
+        model(IDS[:1, :8], past_key_values=cache, use_cache=True)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        out = compiled(IDS[:1, 8:9], past_key_values=cache, use_cache=True).logits
+        full = model(IDS[:1, :9], use_cache=False).logits
+    assert torch.allclose(out, full[:, 8:], atol=5e-6)
+    (graph,) = graphs
+    sums = [node for node in graph.graph.nodes if node.target == "sum"]
+    counts = [node for node in sums if node.meta["example_value"].dtype == torch.int64]
+    assert model.config.num_hidden_layers > 1 and len(counts) == 1
+
+
 def test_continuous_batching_is_refused() -> None:
     model, prompts = build("llama"), [[3, 4, 5], [6, 7]]
     settings = model.generation_config.to_dict()

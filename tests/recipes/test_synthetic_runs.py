@@ -14,7 +14,6 @@ from recipes.synthetic import evaluate, measuring, report, train
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
 from recipes.synthetic.regularise import ScoreJitter, corrupted_answers, hardest
-from recipes.synthetic.score_sizes import score_sizes, size_factors
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.stick_breaking import stick_breaking_attention
 from recipes.synthetic.tasks import TASKS, Batch, Mqmtar, Task
@@ -169,7 +168,7 @@ def test_jitter_scales_the_scores_of_heads_without_alibi(method: str) -> None:
     assert not torch.allclose(plain, jittered)
     if method != "adaptive_temperature":  # which is another mapping outside of training
         torch.testing.assert_close(evaluated, plain)
-    jitter._factors = None
+    jitter._factor = None
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight[alibi_heads * SMALL.head_dim :] *= 0.3
@@ -179,16 +178,16 @@ def test_jitter_scales_the_scores_of_heads_without_alibi(method: str) -> None:
 def test_jitter_draws_one_factor_a_sample() -> None:
     jitter = ScoreJitter(build_model(SMALL, "entmax", "nape"), 0.5, 2)
     jitter.draw(1000, 9, torch.Generator().manual_seed(0))
-    assert jitter._factors is not None
-    factor = jitter._factors[0]
-    assert factor.shape == (1000, 1, 1)
+    factor = jitter._factor
+    assert factor is not None and factor.shape == (1000, 1, 1)
     assert 0.5 <= float(factor.min()) < 0.51 and 0.99 < float(factor.max()) <= 1.0
     jitter = ScoreJitter(build_model(SMALL, "entmax", "nape"), 0.01, 2, log_uniform=True)
     jitter.draw(1000, 9, torch.Generator().manual_seed(0))
-    logarithm = jitter._factors[0].log10()
+    assert jitter._factor is not None
+    logarithm = jitter._factor.log10()
     assert -2 <= float(logarithm.min()) < -1.98 and abs(float(logarithm.mean()) + 1) < 0.05
     jitter.draw(1000, 9, torch.Generator().manual_seed(0), 0.0)
-    assert bool((jitter._factors[0] == 1).all())
+    assert bool((jitter._factor == 1).all())
 
 
 def test_changes_of_scores_come_in_after_the_plateau(tmp_path: Path) -> None:
@@ -196,7 +195,7 @@ def test_changes_of_scores_come_in_after_the_plateau(tmp_path: Path) -> None:
     trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
     assert trainer._eased_in() == 0.0
     trainer.jitter.draw(4, 9, torch.Generator().manual_seed(0), 0.0)
-    assert trainer.jitter._factors is not None and bool((trainer.jitter._factors[0] == 1).all())
+    assert trainer.jitter._factor is not None and bool((trainer.jitter._factor == 1).all())
     trainer.run()
     assert trainer.left_plateau is not None and trainer.left_plateau["step"] == 2
     trainer.step = 4
@@ -205,13 +204,29 @@ def test_changes_of_scores_come_in_after_the_plateau(tmp_path: Path) -> None:
     assert trainer._eased_in() == 1.0
 
 
+def test_qk_norm_bounds_scores_and_is_loaded_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model(SMALL, "asentmax", "nape", qk_norm=True).eval()
+    batch = SMALL.test_batch(2, 64, torch.Generator().manual_seed(0))
+    expected = outputs_at(model, batch)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_proj.weight *= 1000
+    torch.testing.assert_close(outputs_at(model, batch), expected, rtol=1e-3, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs_at(load_model(tmp_path), batch), outputs_at(model, batch))
+    with pytest.raises(ValueError, match="qk-norm undoes it"):
+        RunSettings(qk_norm=True, jitter=0.5)
+    with pytest.raises(ValueError, match="max_retrieval has a model of its own"):
+        build_model(small("max_retrieval"), "softmax", "nope", qk_norm=True)
+
+
 def test_channels_are_left_out_sample_by_sample() -> None:
     jitter = ScoreJitter(build_model(SMALL, "entmax", "nape"), 1.0, 2, drop=0.25)
     jitter.draw(1000, 9, torch.Generator().manual_seed(0))
-    assert jitter._factors is not None
-    factor = jitter._factors[0]
+    factor = jitter._factor
     channels = (SMALL.heads - 2) * SMALL.head_dim
-    assert factor.shape == (1000, 1, channels)
+    assert factor is not None and factor.shape == (1000, 1, channels)
     assert set(factor.unique().tolist()) == {0.0, 1.0} and 0.74 < float(factor.mean()) < 0.76
     model = build_model(SMALL, "entmax", "nape").train()
     batch = SMALL.test_batch(2, 64, torch.Generator().manual_seed(0))
@@ -220,48 +235,6 @@ def test_channels_are_left_out_sample_by_sample() -> None:
     assert not torch.equal(outputs_at(model, batch), plain)
     with pytest.raises(ValueError, match="below 1, got 1.0"):
         ScoreJitter(model, 1.0, 2, drop=1.0)
-
-
-@pytest.mark.parametrize("method", ["asentmax", "entmax", "softmax", "stick_breaking"])
-def test_scores_come_down_to_a_drawn_size(method: str) -> None:
-    torch.manual_seed(0)
-    alibi_heads = 2 if positions_for(method) == "nape" else 0
-    model = build_model(SMALL, method, positions_for(method)).train()
-    batch = SMALL.test_batch(4, 64, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        model.model.layers[0].self_attn.q_proj.weight[2 * SMALL.head_dim : 3 * SMALL.head_dim] *= 1000
-    plain = outputs_at(model, batch)
-    jitter = ScoreJitter(model, 1.0, alibi_heads, sizes=(0.5, 0.5))
-    jitter.measure(batch)
-    sizes = jitter.measured
-    assert sizes.shape == (SMALL.layers, SMALL.heads) and model.training
-    assert int(sizes.argmax()) == 2 and float(sizes[0, 2]) > 100 * float(sizes[0, 1])
-    assert torch.equal(outputs_at(model, batch), plain)  # nothing drawn yet
-    jitter.draw(4, batch.inputs.shape[1], torch.Generator().manual_seed(0))
-    brought_down = outputs_at(model, batch)
-    assert not torch.allclose(brought_down, plain)
-    jitter._factors = None
-    with torch.no_grad():
-        for layer, of_layer in zip(model.model.layers, sizes, strict=True):
-            weight = layer.self_attn.q_proj.weight.unflatten(0, (SMALL.heads, -1))
-            factor = (0.5 / of_layer).clamp(max=1.0)
-            factor[:alibi_heads] = 1.0
-            weight *= factor[:, None, None]
-    torch.testing.assert_close(outputs_at(model, batch), brought_down, rtol=1e-4, atol=1e-5)
-    # Not equal: what the first layer's output does to the sizes of the next is not part of one measurement.
-    again = score_sizes(model, batch)
-    torch.testing.assert_close(again[0, alibi_heads:], sizes[0, alibi_heads:].clamp(max=0.5))
-
-
-def test_drawn_sizes_are_log_uniform() -> None:
-    sizes = torch.tensor([[1.0, 100.0]])
-    factors = size_factors(sizes, torch.linspace(0, 1, 3), 4.0, 64.0)
-    expected = torch.tensor([[1.0, 0.04], [1.0, 0.16], [1.0, 0.64]])[None]
-    torch.testing.assert_close(factors, expected)
-    torch.testing.assert_close(size_factors(sizes, torch.linspace(0, 1, 3), 4.0, 64.0, 0.5), expected.sqrt())
-    assert torch.equal(size_factors(sizes, torch.linspace(0, 1, 3), 4.0, 64.0, 0.0), torch.ones(1, 3, 2))
-    with pytest.raises(ValueError, match=r"got \(2, 1\)"):
-        ScoreJitter(build_model(SMALL, "entmax", "nape"), 1.0, 2, sizes=(2, 1))
 
 
 def test_keys_without_alibi_get_noise_of_their_size() -> None:
