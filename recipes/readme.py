@@ -109,18 +109,28 @@ def _has_curves(content: dict[str, Any]) -> bool:
     return any(len(found) >= 4 for kind, found in lengths.items() if "many rows" not in kind)
 
 
+def _case_order(item: tuple[tuple[Any, ...], Any]) -> tuple[Any, ...]:
+    """Long sequences by their head dimension, length and kind, then the short ones."""
+    kind, length, head_dim, *_ = item[0]
+    return "many rows" in kind, head_dim, -length, kind
+
+
 def benchmark(content: dict[str, Any]) -> str:
     """The attention kernels beside their peers."""
     peers = [peer for peer in attention_report.PEERS if any(row["method"] == peer for row in content["results"])]
+    runs: dict[tuple[Any, ...], list[dict[str, dict[str, Any]]]] = {}
+    for case, methods in attention_report.by_case(content["results"]).items():
+        if "ours" in methods and (case[1] >= 8192 or "many rows" in case[0]):
+            runs.setdefault(case[:-1], []).append(methods)
     rows = []
-    for (kind, length, head_dim, batch, heads), methods in attention_report.by_case(content["results"]).items():
-        if "ours" not in methods or (length < 8192 and "many rows" not in kind):
-            continue
-        ours = methods["ours"]
+    for (kind, length, head_dim, batch, heads), of_case in sorted(runs.items(), key=_case_order):
+        ours = of_case[0]["ours"]
         key = "graph_ms" if ours.get("graph_ms") else "forward_backward_ms"
         cells = [kind, f"{length:,}", str(head_dim), f"{batch * heads:,}", str(ours["support"]), f"{ours[key]:.2f}"]
-        called = _ratio(ours, methods.get("sdpa cuDNN"), "forward_backward_ms")
-        rows.append([*cells, *(_ratio(ours, methods.get(peer), key) for peer in peers), called])
+        for peer, measured in [*((peer, key) for peer in peers), ("sdpa cuDNN", "forward_backward_ms")]:
+            run = next((run for run in of_case if peer in run), {"ours": ours})  # both times are of one run
+            cells.append(_ratio(run["ours"], run.get(peer), measured))
+        rows.append(cells)
     columns = ["input", "N", "D", "batch x heads", "keys a row", "ours, ms", *peers, "cuDNN, called from Python"]
     return "\n\n".join(
         [
@@ -184,7 +194,7 @@ def training_step(content: dict[str, Any]) -> str:
 
 def generate(content: dict[str, Any]) -> str:
     """Tokens a second of generation beside the same model on sdpa."""
-    columns = ["size", "context", "query projections x", "model", "tokens a second", "times sdpa's"]
+    columns = ["size", "context", "query projections x", "model", "tokens a second", "times sdpa's", "on the GPU, ms"]
     rows = [
         [
             row["size"],
@@ -193,12 +203,14 @@ def generate(content: dict[str, Any]) -> str:
             row["method"],
             f"{row['tokens_per_second']:,.0f}",
             f"{row['times_faster_than_sdpa']:.2f}",
+            "-" if row["gpu_ms"] is None else f"{row['gpu_ms']:.2f}",
         ]
         for row in content["rows"]
     ]
     return "\n\n".join(
         [
-            "Generation, one sequence, static cache, compiled with CUDA graphs:",
+            "Generation, one sequence, static cache, compiled with CUDA graphs. Tokens a second by the wall clock, the "
+            "models in turns; the last column is the time from a step's first kernel to its last:",
             markdown_table(columns, rows),
             origin(content),
         ]

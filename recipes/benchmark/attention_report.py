@@ -20,11 +20,15 @@ PEERS = ("sdpa cuDNN", "sdpa flash-2", "flex alibi", "adasplash v2", "adasplash 
 
 
 def by_case(results: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
-    """(kind, length, head_dim, batch, heads) -> method -> its row; failed rows are left out."""
+    """(kind, length, head_dim, batch, heads, commit) -> method -> its row; failed rows are left out.
+
+    A file may hold several runs: times of one are compared with each other only, and the commit tells runs apart.
+    """
     grouped: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
     for row in results:
         if "failed" not in row:
             case = tuple(row[name] for name in ("kind", "length", "head_dim", "batch", "heads"))
+            case += (row.get("commit", ""),)
             grouped[case][row["method"]] = row
     return dict(grouped)
 
@@ -40,9 +44,9 @@ def table(content: dict[str, Any]) -> str:
     """Markdown: a line per case with the times of ours and of each peer, and the peer's over ours."""
     cases = by_case(content["results"])
     peers = [peer for peer in PEERS if any(peer in rows for rows in cases.values())]
-    columns = ["input", "N", "D", "B x H", "support", "error", "ours", *peers, "memory, ours / cuDNN"]
+    columns = ["input", "N", "D", "B x H", "support", "error", "ours", *peers, "memory, ours / cuDNN", "commit"]
     lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
-    for (kind, length, head_dim, batch, heads), rows in sorted(cases.items(), key=lambda item: str(item[0][0])):
+    for (kind, length, head_dim, batch, heads, commit), rows in sorted(cases.items(), key=lambda item: str(item[0][0])):
         ours = rows.get("ours")
         if ours is None:
             continue
@@ -60,6 +64,7 @@ def table(content: dict[str, Any]) -> str:
             cells.append(f"{times(row)}: {ratios}")
         softmax = rows.get("sdpa cuDNN")
         cells.append("-" if softmax is None else f"{ours['peak_mib'] / softmax['peak_mib']:.2f}")
+        cells.append(commit or short_commit(content["commit"]))
         lines.append("| " + " | ".join(cells) + " |")
     device, versions = content["device"]["name"], content["versions"]["torch"]
     lines += [
@@ -72,18 +77,20 @@ def table(content: dict[str, Any]) -> str:
 
 
 def plot(content: dict[str, Any], path: Path, head_dim: int = 64) -> None:
-    """Forward and backward per length, one panel per kind of input."""
+    """Forward and backward per length, one panel per kind of input, those of three lengths or more if there are any."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    curves: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
-    for (kind, length, dim, batch, heads), rows in by_case(content["results"]).items():
+    curves: dict[str, Any] = defaultdict(lambda: defaultdict(dict))
+    for (kind, length, dim, batch, heads, _), rows in by_case(content["results"]).items():
         if dim == head_dim and "many rows" not in kind:
             for method, row in rows.items():
                 # per sequence and head, since the batch shrinks as the length grows
-                curves[kind][method].append((length, row["forward_backward_ms"] / (batch * heads)))
+                curves[kind][method][length] = row["forward_backward_ms"] / (batch * heads)
+    long = {kind: methods for kind, methods in curves.items() if any(len(points) > 2 for points in methods.values())}
+    curves = long or curves  # two points say little about how a time grows
     figure, axes = pyplot.subplots(
         1, max(1, len(curves)), figsize=(3.4 * max(1, len(curves)), 3.4), dpi=160, sharey=True, squeeze=False
     )
@@ -92,7 +99,7 @@ def plot(content: dict[str, Any], path: Path, head_dim: int = 64) -> None:
         styles = {"ours": OURS, **dict(zip(PEERS, OTHERS, strict=False))}
         for name in (name for name in styles if name in methods):
             colour, marker = styles[name]
-            lengths, times = zip(*sorted(methods[name]), strict=True)
+            lengths, times = zip(*sorted(methods[name].items()), strict=True)
             (lines[name],) = panel.plot(lengths, times, color=colour, marker=marker, markersize=4)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
@@ -101,7 +108,7 @@ def plot(content: dict[str, Any], path: Path, head_dim: int = 64) -> None:
         panel.grid(color="#e5e5e5", linewidth=0.8)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("forward and backward, ms a head")
-    axes[0][0].legend(list(lines.values()), list(lines), frameon=False, fontsize=7)
+    axes[0][-1].legend(list(lines.values()), list(lines), frameon=False, fontsize=7)
     save_figure(figure, path)
 
 
