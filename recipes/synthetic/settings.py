@@ -36,6 +36,9 @@ class RunSettings:
     ease_corrupt: bool = flag(False, "corrupt answers only once the plateau is left, over the updates of --ease-in")
     jitter: float = flag(1.0, "scores of heads without ALiBi times a factor in [jitter, 1] per sample in training")
     jitter_law: str = flag("uniform", "law of jitter's factor: uniform, or log: its logarithm is uniform")
+    score_limit: float = flag(
+        0.0, "scale down the query and key projections of a head while its scores' size exceeds this; 0 for no limit"
+    )
     channel_drop: float = flag(
         0.0, "probability with which a channel is left out of the scores of heads without ALiBi, per sample in training"
     )
@@ -84,6 +87,11 @@ class RunSettings:
         if self.qk_norm and (self.jitter < 1 or self.channel_drop > 0):
             raise ValueError(
                 "jitter and channel-drop change queries before qk-norm undoes it: leave them out, or qk-norm"
+            )
+        if self.score_limit < 0 or (self.score_limit > 0 and self.qk_norm):
+            raise ValueError(
+                "score-limit must be at least 0, and 0 with qk-norm, which sets the scores' size itself; "
+                f"got {self.score_limit}"
             )
         if self.ease_corrupt and self.ease_in <= 0:
             raise ValueError("ease-corrupt takes as many updates as ease-in: give --ease-in")

@@ -19,12 +19,14 @@ import hf_asentmax
 from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
 from recipes.synthetic.models import build_model, outputs_at
 from recipes.synthetic.regularise import ScoreJitter, corrupted_answers, hardest
+from recipes.synthetic.score_sizes import limit_scores, score_sizes
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import Batch, Task
 
 __all__ = ["Trainer", "learning_rate"]
 
 NOISE_STEP = 1.005  # by which key noise grows or shrinks in an update: twice as much after 140
+LIMIT_EVERY, LIMIT_SAMPLES = 10, 64  # updates between two looks at the scores' size, and the samples of each
 
 
 def learning_rate(peak: float, step: int, progress: float, settings: RunSettings) -> float:
@@ -209,6 +211,9 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if settings.score_limit > 0 and self.step % LIMIT_EVERY == 0:
+            sizes = score_sizes(self.model, batch.select(slice(0, LIMIT_SAMPLES)))
+            limit_scores(self.model, sizes, settings.score_limit)
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
         self.loss_sum += loss.detach()

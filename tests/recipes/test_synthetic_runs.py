@@ -14,6 +14,7 @@ from recipes.synthetic import evaluate, measuring, report, train
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
 from recipes.synthetic.regularise import ScoreJitter, corrupted_answers, hardest
+from recipes.synthetic.score_sizes import limit_scores, score_sizes
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.stick_breaking import stick_breaking_attention
 from recipes.synthetic.tasks import TASKS, Batch, Mqmtar, Task
@@ -202,6 +203,38 @@ def test_changes_of_scores_come_in_after_the_plateau(tmp_path: Path) -> None:
     assert trainer._eased_in() == 0.5
     trainer.step = 100
     assert trainer._eased_in() == 1.0
+
+
+@pytest.mark.parametrize("method", ["asentmax", "entmax", "softmax", "stick_breaking"])
+def test_scores_above_the_limit_are_scaled_down(method: str) -> None:
+    torch.manual_seed(0)
+    model = build_model(SMALL, method, positions_for(method)).double().train()
+    batch = SMALL.test_batch(4, 64, torch.Generator().manual_seed(0))
+    attention = model.model.layers[0].self_attn
+    with torch.no_grad():
+        attention.q_proj.weight[2 * SMALL.head_dim : 3 * SMALL.head_dim] *= 1000
+    sizes = score_sizes(model, batch)
+    assert sizes.shape == (SMALL.layers, SMALL.heads) and model.training
+    assert int(sizes[0].argmax()) == 2 and float(sizes[0, 2]) > 100 * float(sizes[0, 1])
+    limit = float(sizes[0, 2]) / 16
+    before = [projection.weight.clone() for projection in (attention.q_proj, attention.k_proj)]
+    limit_scores(model, sizes, limit)
+    for weight, projection in zip(before, (attention.q_proj, attention.k_proj), strict=True):
+        weight[2 * SMALL.head_dim : 3 * SMALL.head_dim] /= 4
+        torch.testing.assert_close(projection.weight.detach(), weight)
+    expected = sizes[0].clamp(max=limit)
+    torch.testing.assert_close(score_sizes(model, batch)[0], expected, rtol=1e-4, atol=0)
+
+
+def test_a_run_keeps_scores_within_their_limit(tmp_path: Path) -> None:
+    settings = RunSettings(steps=11, batch=8, score_limit=0.01)  # looked at after the first and the eleventh update
+    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
+    before = score_sizes(trainer.model, SMALL.test_batch(8, 64, torch.Generator().manual_seed(0)))
+    trainer.run()
+    after = score_sizes(trainer.model, SMALL.test_batch(8, 64, torch.Generator().manual_seed(0)))
+    assert bool((before > 0.01).all()) and float(after[0].max()) < 0.02
+    with pytest.raises(ValueError, match="0 with qk-norm"):
+        RunSettings(qk_norm=True, score_limit=1.0)
 
 
 def test_qk_norm_bounds_scores_and_is_loaded_again(tmp_path: Path) -> None:
