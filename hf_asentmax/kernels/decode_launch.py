@@ -23,7 +23,7 @@ _MOST_TILES_AT_ONCE = 4096
 # A row with more tiles than this above its bound is left to the third kernel, which caches of up to _SHORT_TILES tiles
 # do without.
 _MOST_TILES_LISTED = 128
-_SHORT_TILES = 512
+_SHORT_TILES = 640  # 40,960 keys: a prompt of 32,768 and what is generated after it
 
 
 class DecodeTiles(NamedTuple):

@@ -17,6 +17,7 @@ import itertools
 import statistics
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from recipes.common import results_header, write_json
 
 ROUNDS = 3  # each measures all methods in turn
 GPU_STEPS = 5  # steps whose time on the GPU is measured
+KERNELS = 12  # of a step, those that take most of it, stand in the results
 SIZES: dict[str, dict[str, Any]] = {
     "124M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048},
     "1B": {
@@ -104,17 +106,25 @@ class Decoding:
             times.append(time.perf_counter())
         return [end - begin for begin, end in itertools.pairwise(times)]
 
-    def gpu_seconds(self, steps: int) -> float | None:
-        """Median over steps of the time from a step's first kernel to its last one's end; None without a GPU."""
+    def on_gpu(self, steps: int) -> dict[str, Any]:
+        """Medians over steps: from a step's first kernel to its last one's end, and the kernels' own times by name."""
         if self.device.type != "cuda":
-            return None
-        spans = []
+            return {"gpu_ms": None, "kernels": []}
+        spans, busy = [], defaultdict(list)
         for _ in range(steps):
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
                 self.step()
-            kernels = [event.time_range for event in profiler.events() if event.device_type == DeviceType.CUDA]
-            spans.append(max(kernel.end for kernel in kernels) - min(kernel.start for kernel in kernels))
-        return statistics.median(spans) * 1e-6
+            kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
+            ranges = [event.time_range for event in kernels]
+            spans.append(max(one.end for one in ranges) - min(one.start for one in ranges))
+            for event in kernels:
+                busy[event.name[:60]].append(event.time_range.elapsed_us())
+        totals = {name: (len(times) // steps, sum(times) / steps) for name, times in busy.items()}
+        most = sorted(totals.items(), key=lambda item: -item[1][1])[:KERNELS]
+        return {
+            "gpu_ms": round(1e-3 * statistics.median(spans), 4),
+            "kernels": [{"name": name, "calls": calls, "us": round(us, 1)} for name, (calls, us) in most],
+        }
 
 
 def compare(
@@ -137,7 +147,6 @@ def compare(
     for method, decoding in decodings.items():
         medians = [statistics.median(seconds[method]) for seconds in rounds]
         ratios = [statistics.median(seconds[reference]) / statistics.median(seconds[method]) for seconds in rounds]
-        gpu = decoding.gpu_seconds(GPU_STEPS)
         rows.append(
             {
                 "context": context,
@@ -145,10 +154,10 @@ def compare(
                 "method": method,
                 "step_ms": round(1e3 * statistics.median(medians), 4),
                 "step_ms_rounds": [round(1e3 * median, 4) for median in medians],
-                "gpu_ms": None if gpu is None else round(1e3 * gpu, 4),
                 "tokens_per_second": round(1 / statistics.median(medians), 1),
                 "times_faster_than_sdpa": round(statistics.median(ratios), 3),
                 "times_faster_rounds": [round(ratio, 3) for ratio in ratios],
+                **decoding.on_gpu(GPU_STEPS),
             }
         )
     return rows
@@ -181,7 +190,9 @@ def main() -> None:
         size = SMALL if arguments.small else SIZES[name]
         for row in compare(size, context, sharpen, device, arguments):
             rows.append({"size": name, **row})
-            print(rows[-1], flush=True)
+            print({name: value for name, value in rows[-1].items() if name != "kernels"}, flush=True)
+            for kernel in row["kernels"]:
+                print("   {us:8.1f} us in {calls:3} calls: {name}".format(**kernel), flush=True)
         write_json(arguments.output, {**header, "rows": rows})
         if device == "cuda":
             torch.cuda.empty_cache()
