@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -26,7 +26,7 @@ from recipes.synthetic.tasks import Batch, Task
 __all__ = ["Trainer", "learning_rate"]
 
 NOISE_STEP = 1.005  # by which key noise grows or shrinks in an update: twice as much after 140
-LIMIT_EVERY, LIMIT_SAMPLES = 10, 64  # updates between two looks at the scores' size, and the samples of each
+LIMIT_EVERY, LIMIT_SAMPLES = 20, 64  # updates between two looks at the scores' size, and the samples of each
 
 
 def learning_rate(peak: float, step: int, progress: float, settings: RunSettings) -> float:
@@ -59,6 +59,7 @@ class Trainer:
         _start_projections(self.model, settings)
         if settings.bf16_weights:
             self.model.to(torch.bfloat16)  # type: ignore[arg-type]
+        self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.average > 0 else None
         alibi_heads = {"nape": task.heads // 2, "alibi": task.heads}.get(settings.positions, 0)
         self.jitter = ScoreJitter(
             self.model,
@@ -76,11 +77,6 @@ class Trainer:
             betas=(0.9, 0.99),
             fused=device.type == "cuda",
         )
-        self.averaged: AveragedModel | None = None
-        if settings.average > 0:
-            self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(settings.average)).eval()
-            # Its count is asked for in each update: on the device, that would wait for it
-            self.averaged.n_averaged = self.averaged.n_averaged.cpu()
         # One source for the data and what is done to it, on the device; one for shapes, on the host.
         self.data = torch.Generator(device).manual_seed(seed + 1)
         self.shapes = torch.Generator().manual_seed(seed + 1)
@@ -102,7 +98,7 @@ class Trainer:
     @property
     def kept_model(self) -> PreTrainedModel:
         """What is validated and kept: the model, or the average of its weights."""
-        return self.model if self.averaged is None else cast(PreTrainedModel, self.averaged.module)
+        return self.model if self.averaged is None else self.averaged
 
     @property
     def progress(self) -> float:
@@ -200,7 +196,8 @@ class Trainer:
         settings, progress = self.settings, self.progress
         alpha = settings.alpha_at(progress, settings.alpha or 1.5)
         if settings.alpha_start is not None and alpha != self.alpha:
-            hf_asentmax.set_alpha(self.model, alpha)
+            for model in {self.model, self.kept_model}:
+                hf_asentmax.set_alpha(model, alpha)
             self.alpha = alpha
         batch = self._next_batch(progress)
         self.jitter.draw(len(batch), batch.inputs.shape[1], self.data, self._eased_in(), self.noise_times)
@@ -214,11 +211,17 @@ class Trainer:
         if settings.score_limit > 0 and self.step % LIMIT_EVERY == 0:
             sizes = score_sizes(self.model, batch.select(slice(0, LIMIT_SAMPLES)))
             limit_scores(self.model, sizes, settings.score_limit)
-        if self.averaged is not None:
-            self.averaged.update_parameters(self.model)
+        self._move_average()
         self.loss_sum += loss.detach()
         if settings.key_noise_loss > 0 and self.left_plateau is not None:
             self.noise_times *= torch.where(loss.detach() < settings.key_noise_loss, NOISE_STEP, 1 / NOISE_STEP)
+
+    @torch.no_grad()
+    def _move_average(self) -> None:
+        """The average of the weights after an update. torch's AveragedModel would wait for the GPU each time."""
+        if self.averaged is not None:
+            decay = self.settings.average if self.step > 0 else 0.0
+            torch._foreach_lerp_(list(self.averaged.parameters()), list(self.model.parameters()), 1 - decay)
 
     def _eased_in(self) -> float:
         """How much of the changes of scores is on: all, or from none to all after the plateau has been left."""

@@ -227,7 +227,7 @@ def test_scores_above_the_limit_are_scaled_down(method: str) -> None:
 
 
 def test_a_run_keeps_scores_within_their_limit(tmp_path: Path) -> None:
-    settings = RunSettings(steps=11, batch=8, score_limit=0.01)  # looked at after the first and the eleventh update
+    settings = RunSettings(steps=21, batch=8, score_limit=0.01)  # looked at after the first and the last update
     trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
     before = score_sizes(trainer.model, SMALL.test_batch(8, 64, torch.Generator().manual_seed(0)))
     trainer.run()
