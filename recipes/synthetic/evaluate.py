@@ -108,6 +108,9 @@ def main(arguments: list[str] | None = None) -> None:
     if not folders:
         parser.error(f"no finished run below {', '.join(map(str, parsed.runs))}")
     for folder in tqdm(folders, unit="model"):
+        if json.loads((folder / "run.json").read_text()).get("given_up"):
+            tqdm.write(f"{folder} was given up before it left the plateau: there is no model to test")
+            continue
         evaluate_run(
             folder,
             parsed.results / f"{folder.parent.name}-{folder.name}.json",

@@ -74,6 +74,7 @@ class RunSettings:
     validate_multiple: int = flag(64, "length of the validation samples, in multiples of the longest in training")
     validate_samples: int = flag(512, "how many, apart from the test samples")
     plateau: float = flag(0.3, "a mean loss below this counts as having left the plateau")
+    give_up: int = flag(0, "end a run that has not left the plateau after so many samples; 0: never")
     log_every: int = flag(100, "updates between two lines of the log")
     save_every: float = flag(60.0, "seconds between two checkpoints")
 

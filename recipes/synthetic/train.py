@@ -67,6 +67,8 @@ def main(arguments: list[str] | None = None) -> None:
         summary = trainer.summary()
         write_json(folder / "run.json", {"header": results_header(parsed.device, [seed]), **summary})
         rates = f"{summary['samples_per_second']:,.0f} samples/s, {summary['tokens_per_second']:,.0f} tokens/s"
+        if summary["given_up"]:
+            print(f"{folder}: given up, the plateau was not left in {summary['samples']:,} samples; no model was kept")
         print(f"{folder}: {summary['steps']} steps in {summary['seconds']:.0f} s, {rates}")
 
 

@@ -101,6 +101,12 @@ class Trainer:
         return self.model if self.averaged is None else self.averaged
 
     @property
+    def given_up(self) -> bool:
+        """Whether the run has ended because it did not leave the plateau."""
+        samples = self.step * self.settings.batch
+        return self.left_plateau is None and 0 < self.settings.give_up <= samples
+
+    @property
     def progress(self) -> float:
         """How much of the run lies behind, from 0 to 1."""
         steps, minutes = self.settings.steps, self.settings.minutes
@@ -123,7 +129,7 @@ class Trainer:
             desc=f"{self.folder.parent.name} {self.folder.name}",
             mininterval=1.0 if sys.stderr.isatty() else 15.0,  # a log file is spared thousands of lines
         )
-        while self.progress < 1:
+        while self.progress < 1 and not self.given_up:
             self._update()
             self.step += 1
             bar.update()
@@ -142,7 +148,7 @@ class Trainer:
                 self._validate(bar)
                 clock = time.monotonic()
             now = time.monotonic()
-            if now - process_start >= 60 * stop_after and self.progress < 1:
+            if now - process_start >= 60 * stop_after and self.progress < 1 and not self.given_up:
                 self._save()
                 bar.close()
                 return False
@@ -151,7 +157,7 @@ class Trainer:
                 last_save = now
         bar.close()
         self.model.eval()
-        if self.settings.validations == 0:
+        if self.settings.validations == 0 and not self.given_up:
             self._keep()
         self._save()
         return True
@@ -171,6 +177,7 @@ class Trainer:
             "samples_per_second": round(rate * self.settings.batch, 1),
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds > 0 else 0.0,
             "left_plateau": self.left_plateau,
+            "given_up": self.given_up,
             "kept_step": self.kept_step,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "validations": self.validations,

@@ -355,6 +355,20 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
         Trainer(task, replace(settings, warmup=4), 3, tmp_path / "b" / "seed3", CPU)
 
 
+def test_a_run_that_stays_on_the_plateau_is_given_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--task", "mqmtar", "--hidden", "32", "--heads", "4", "--steps", "9", "--batch", "4", "--log-every", "1"]
+    flags += ["--give-up", "8", "--device", "cpu", "--out", str(tmp_path)]
+    train.main(flags)
+    folder = tmp_path / "mqmtar-asentmax-nape" / "seed0"
+    run = json.loads((folder / "run.json").read_text())
+    assert run["given_up"] and run["steps"] == 2 and not (folder / "model").exists()
+    assert "the plateau was not left in 8 samples" in capsys.readouterr().out
+    evaluate.main([str(folder), "--results", str(tmp_path / "results"), "--device", "cpu"])
+    assert not (tmp_path / "results").exists()
+    train.main([*flags, "--plateau", "100", "--name", "left"])
+    assert not json.loads((tmp_path / "mqmtar-asentmax-nape-left" / "seed0" / "run.json").read_text())["given_up"]
+
+
 def test_the_average_of_the_weights_is_kept(tmp_path: Path) -> None:
     settings = RunSettings(steps=3, batch=4, warmup=1, average=0.75)
     trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
