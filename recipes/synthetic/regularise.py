@@ -1,9 +1,10 @@
-"""What is done to the inputs and scores in training only: corrupted answers, jittered scores, hard examples."""
+"""What is done in training only: corrupted answers, changed scores, heads left out, hard examples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from recipes.synthetic.tasks import Batch, Task
 
-__all__ = ["ScoreJitter", "corrupted_answers", "hardest"]
+__all__ = ["HeadDrop", "ScoreJitter", "corrupted_answers", "hardest"]
 
 
 def corrupted_answers(batch: Batch, task: Task, probability: float, generator: torch.Generator) -> Batch:
@@ -129,6 +130,57 @@ class ScoreJitter:
         heads = free.unflatten(-1, (-1, self._head_dim))
         size = heads.detach().square().mean(-1, keepdim=True).sqrt().expand_as(heads).flatten(-2)
         return torch.cat([key[..., : self._without_noise], (free + size * self._added).to(key.dtype)], dim=-1)
+
+
+class HeadDrop:
+    """Leaves out heads without ALiBi, in training: each of them has to be right alone.
+
+    A sample keeps at least one of a layer's heads, and those that it keeps are scaled up to the sum of all. Heads that
+    look up the same outvote each other's errors; once their majority is right the loss says nothing of the others, and
+    what is wrong in a few heads at a training length is wrong in most of them among a thousand times as many keys.
+
+    Args:
+        model: a model of this recipe.
+        probability: with which a head is left out, of all but one.
+        alibi_heads: how many heads, from the first, always stay.
+    """
+
+    def __init__(self, model: PreTrainedModel, probability: float, alibi_heads: int) -> None:
+        if not 0 <= probability < 1:
+            raise ValueError(f"the probability of leaving a head out must be at least 0 and below 1, got {probability}")
+        self.probability = probability
+        self._layers = len(model.model.layers)
+        self._heads, self._always = model.config.num_attention_heads - alibi_heads, alibi_heads
+        self._head_dim = model.config.head_dim
+        self._factors: list[torch.Tensor] | None = None  # of each layer, (samples, 1, channels)
+        if probability > 0 and self._heads > 0:
+            for index, layer in enumerate(model.model.layers):
+                layer.self_attn.o_proj.register_forward_pre_hook(partial(self._kept, index))
+
+    def draw(self, size: int, generator: torch.Generator, strength: float = 1.0) -> None:
+        """Which heads each of the next `size` samples keeps; a head is left out with strength x probability."""
+        self._factors = None
+        if self.probability == 0 or strength == 0 or self._heads == 0:
+            return
+        device = generator.device
+        shape = (self._layers, size, self._heads)
+        kept = torch.rand(shape, generator=generator, device=device) >= strength * self.probability
+        one = torch.randint(self._heads, (*shape[:2], 1), generator=generator, device=device)
+        kept = kept.scatter(2, one, True)
+        factor = kept * (self._heads / kept.sum(dim=2, keepdim=True))
+        factor = torch.cat([factor.new_ones((*shape[:2], self._always)), factor], dim=2)
+        self._factors = list(factor.repeat_interleave(self._head_dim, dim=2)[:, :, None].unbind())
+
+    def all_stay(self) -> None:
+        """No head is left out until the next draw."""
+        self._factors = None
+
+    def _kept(
+        self, layer: int, projection: nn.Module, inputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...] | None:
+        if not projection.training or self._factors is None:
+            return None
+        return ((inputs[0] * self._factors[layer]).to(inputs[0].dtype),)
 
 
 @torch.no_grad()

@@ -42,6 +42,9 @@ class RunSettings:
     channel_drop: float = flag(
         0.0, "probability with which a channel is left out of the scores of heads without ALiBi, per sample in training"
     )
+    head_drop: float = flag(
+        0.0, "probability with which a head without ALiBi is left out, per sample and layer in training, all but one"
+    )
     key_noise: float = flag(
         0.0, "normal noise on keys in training, as a share of their root mean square; where: --key-noise-heads"
     )
@@ -51,7 +54,7 @@ class RunSettings:
     )
     ease_in: int = flag(
         0,
-        "updates over which jitter, channel drop and key noise come in once the plateau is left; 0: on from the start",
+        "updates over which jitter, drops and key noise come in once the plateau is left; 0: on from the start",
     )
     hard_candidates: int = flag(1, "train on the hardest `batch` of this many times as many samples, by their loss")
     hard_from: float = flag(0.5, "part of the run after which the hardest are chosen")

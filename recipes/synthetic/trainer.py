@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 import hf_asentmax
 from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
 from recipes.synthetic.models import build_model, outputs_at
-from recipes.synthetic.regularise import ScoreJitter, corrupted_answers, hardest
+from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, hardest
 from recipes.synthetic.score_sizes import limit_scores, score_sizes
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import Batch, Task
@@ -70,6 +70,7 @@ class Trainer:
             settings.key_noise_heads == "all",
             settings.jitter_law == "log",
         )
+        self.heads = HeadDrop(self.model, settings.head_drop, alibi_heads)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(
             hf_asentmax.parameter_groups(self.model, settings.weight_decay),
@@ -208,6 +209,7 @@ class Trainer:
             self.alpha = alpha
         batch = self._next_batch(progress)
         self.jitter.draw(len(batch), batch.inputs.shape[1], self.data, self._eased_in(), self.noise_times)
+        self.heads.draw(len(batch), self.data, self._eased_in())
         loss = self._losses(batch, "mean")
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.task.lr, self.step, progress, settings)
@@ -248,6 +250,7 @@ class Trainer:
             batch = batch.padded(*self.task.padded_shape())
         if choosing:
             self.jitter.lowest(settings.batch, self.device)
+            self.heads.all_stay()
             batch = hardest(batch, settings.batch, lambda part: self._losses(part, "none").sum(dim=1))
         strength = self._eased_in() if settings.ease_corrupt else 1.0
         return corrupted_answers(batch, self.task, strength * settings.corrupt, self.data)

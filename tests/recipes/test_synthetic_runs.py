@@ -13,7 +13,7 @@ from torch import nn
 from recipes.synthetic import evaluate, measuring, report, train
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
-from recipes.synthetic.regularise import ScoreJitter, corrupted_answers, hardest
+from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, hardest
 from recipes.synthetic.score_sizes import limit_scores, score_sizes
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.stick_breaking import stick_breaking_attention
@@ -270,6 +270,52 @@ def test_channels_are_left_out_sample_by_sample() -> None:
         ScoreJitter(model, 1.0, 2, drop=1.0)
 
 
+@pytest.mark.parametrize("method", ["asentmax", "softmax", "stick_breaking"])
+def test_heads_without_alibi_are_left_out_sample_by_sample(method: str) -> None:
+    torch.manual_seed(0)
+    alibi_heads = 2 if positions_for(method) == "nape" else 0
+    model = build_model(SMALL, method, positions_for(method)).train()
+    batch = SMALL.test_batch(3, 64, torch.Generator().manual_seed(0))
+    plain = outputs_at(model, batch)
+    drop = HeadDrop(model, 0.9, alibi_heads)
+    assert torch.equal(outputs_at(model, batch), plain)  # nothing drawn yet
+    drop.draw(3, torch.Generator().manual_seed(0))
+    assert drop._factors is not None and len(drop._factors) == SMALL.layers
+    dropped = outputs_at(model, batch)
+    assert not torch.allclose(dropped, plain)
+    model.eval()
+    torch.testing.assert_close(outputs_at(model, batch), plain)
+    model.train()
+    factors, drop._factors = drop._factors, None
+    for sample in range(3):  # the same by hand: columns of the output projections
+        copy = build_model(SMALL, method, positions_for(method))
+        copy.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            for layer, factor in zip(copy.model.layers, factors, strict=True):
+                layer.self_attn.o_proj.weight *= factor[sample]
+        alone = outputs_at(copy.train(), batch.select(slice(sample, sample + 1)))
+        torch.testing.assert_close(dropped[sample : sample + 1], alone, rtol=1e-4, atol=1e-5)
+    drop.draw(3, torch.Generator().manual_seed(0), 0.0)
+    assert drop._factors is None
+
+
+def test_of_the_dropped_heads_one_stays_and_the_sum_too() -> None:
+    drop = HeadDrop(build_model(SMALL, "entmax", "nape"), 0.75, 2)
+    drop.draw(1000, torch.Generator().manual_seed(0))
+    assert drop._factors is not None
+    for factor in drop._factors:
+        heads = factor.unflatten(2, (SMALL.heads, SMALL.head_dim))[:, 0, :, 0]
+        assert bool((heads[:, :2] == 1).all())
+        free = heads[:, 2:]
+        torch.testing.assert_close(free.sum(dim=1), torch.full((1000,), float(SMALL.heads - 2)))
+        kept = (free > 0).float()
+        chance = 1 / (SMALL.heads - 2)
+        assert abs(float(kept.mean()) - (chance + (1 - chance) * 0.25)) < 0.03
+    assert not torch.equal(*drop._factors[:2])
+    with pytest.raises(ValueError, match="below 1, got 1.0"):
+        HeadDrop(build_model(SMALL, "entmax", "nape"), 1.0, 2)
+
+
 def test_keys_without_alibi_get_noise_of_their_size() -> None:
     model = build_model(SMALL, "entmax", "nape").train()
     batch = SMALL.test_batch(64, 64, torch.Generator().manual_seed(0))
@@ -337,7 +383,7 @@ def trained(folder: Path, task: Task, settings: RunSettings, stops: bool = False
 def test_resuming_is_exact(tmp_path: Path) -> None:
     task = replace(SMALL, near_misses_end=1.0, one_letter_end=0.3, min_queries=1, max_queries=5)
     settings = RunSettings(
-        steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, jitter_law="log", channel_drop=0.1,
+        steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, jitter_law="log", channel_drop=0.1, head_drop=0.5,
         key_noise=0.1, key_noise_loss=1e9, hard_candidates=2,
         ease_in=3, plateau=1e9, warmup=3, validations=2, validate_multiple=1, validate_samples=4,
         alpha_start=1.1, alpha_until=0.6, ease_corrupt=True, average=0.5,
