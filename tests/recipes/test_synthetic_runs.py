@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from recipes.synthetic import evaluate, measuring, report, train
+from recipes.synthetic import evaluate, lookup, measuring, report, train
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
 from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, hardest
@@ -567,3 +567,21 @@ def test_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ]
     )
     assert "at 1024x: 0.0% of 2 exact" in capsys.readouterr().out
+
+
+# --- the lookup alone
+
+
+def test_lookup_learns_and_writes_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lookup, "BATCH", 64)
+    monkeypatch.setattr(lookup, "TEST_BATCH", 20)
+    monkeypatch.setattr(lookup, "WARMUP", 5)
+    output = tmp_path / "lookup.json"
+    flags = ["--variants", "gain 5", "head drop 0.9", "--seeds", "0", "--queries", "40", "--output", str(output)]
+    lookup.main([*flags, "--steps", "100"])
+    rows = json.loads(output.read_text())["rows"]
+    assert rows[0]["e"] < 0.9 / lookup.TEST_KEYS  # better than chance
+    assert [row["variant"] for row in rows] == ["gain 5", "head drop 0.9"]
+    for row in rows:
+        assert 0 <= row["e"] <= 1 / lookup.TEST_KEYS and 0 < row["e_of_one_head"] <= 1 / lookup.TEST_KEYS
+        assert row["wrong"] == pytest.approx(row["e"] * 40 * lookup.TEST_KEYS)

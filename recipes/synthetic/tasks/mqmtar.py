@@ -21,7 +21,7 @@ import torch
 from .base import Batch, Task, flag, integer_between
 from .words import WordPool, distinct_integers, has_repeats
 
-__all__ = ["Mqmtar"]
+__all__ = ["Mqmtar", "confusable"]
 
 # The authors draw the words of each of their data sets anew. Training has one pool, tests and validation another.
 _TRAINING_POOL, _TEST_POOL = 0, 1
@@ -100,8 +100,8 @@ class Mqmtar(Task):
         near = self.near_misses + risen * (self.near_misses_end - self.near_misses)
         shared = self.one_letter + risen * (self.one_letter_end - self.one_letter)
         in_keys, in_values = self.near_in != "values", self.near_in != "keys"
-        keys = _confusable(key_pool, size, pairs, in_keys * near, in_keys * shared, 2, generator, self.near_crossed)
-        values = _confusable(value_pool, size, pairs, in_values * near, in_values * shared, 1, generator)
+        keys = confusable(key_pool, size, pairs, in_keys * near, in_keys * shared, 2, generator, self.near_crossed)
+        values = confusable(value_pool, size, pairs, in_values * near, in_values * shared, 1, generator)
         return self._assembled(key_pool.words[keys], value_pool.words[values], length, queries, generator)
 
     def test_batch(self, size: int, length: int, generator: torch.Generator) -> Batch:
@@ -135,7 +135,7 @@ class Mqmtar(Task):
         return self._answered(prompt, answer, corruptible=torch.arange(1, 3 * queries, 3, device=device))
 
 
-def _confusable(
+def confusable(
     pool: WordPool,
     size: int,
     pairs: int,
