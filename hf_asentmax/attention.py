@@ -12,6 +12,7 @@ import torch
 from . import kernels, softmax
 from .eager import eager_attention
 from .mappings import _check_alpha, entmax
+from .masks import mask_with_key_start
 
 __all__ = ["BACKENDS", "entmax_attention"]
 
@@ -38,6 +39,7 @@ def entmax_attention(
     alibi_slopes: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     sliding_window: int | None = None,
+    key_start: torch.Tensor | None = None,
     softcap: float | None = None,
     key_norm_bound: torch.Tensor | None = None,
     backend: str = "auto",
@@ -66,6 +68,8 @@ def entmax_attention(
         cu_seqlens: (sequences + 1,) int32 or int64, boundaries of sequences packed into one row of batch 1, from 0 to
             kv_len; a query sees its own sequence only.
         sliding_window: a query sees keys less than this far away.
+        key_start: (batch or 1, q_len) int32, the first key that each query may see: documents packed into the rows of a
+            batch, or windows of any kind, in memory linear in the length.
         softcap: c, for c tanh(score / c) before ALiBi (Gemma 2).
         key_norm_bound: (batch or 1, kv_heads) float, at least the norm of every key, as one keeps it with a cache.
             Decoding then reads no key that ALiBi puts too far away to have a weight. The result is the same; too
@@ -95,6 +99,7 @@ def entmax_attention(
     attention_mask = _checked_attention_mask(attention_mask, query, kv_len)
     _check_alibi_slopes(alibi_slopes, heads, query.device)
     _check_cu_seqlens(cu_seqlens, query, kv_len)
+    _check_key_start(key_start, query)
     _check_key_norm_bound(key_norm_bound, key)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -113,9 +118,18 @@ def entmax_attention(
         reason = kernels.unsupported_reason(query, key, value, **options)
         if reason is None:
             return kernels.entmax_attention_triton(
-                query, key, value, scale=scale, is_causal=is_causal, key_norm_bound=key_norm_bound, **options
+                query,
+                key,
+                value,
+                scale=scale,
+                is_causal=is_causal,
+                key_start=key_start,
+                key_norm_bound=key_norm_bound,
+                **options,
             )
-    elif chosen == "torch":
+    if key_start is not None:  # only the kernels read it as it is
+        options["attention_mask"] = mask_with_key_start(attention_mask, key_start, query.shape[0], kv_len)
+    if chosen == "torch":
         reason = softmax.unsupported_reason(query, key, value, is_causal=is_causal, **options)
         if reason is None:
             del options["alpha"]
@@ -132,7 +146,7 @@ def entmax_attention(
         mapping=partial(entmax, alpha=float(alpha)),
         scale=scale,
         is_causal=is_causal,
-        attention_mask=attention_mask,
+        attention_mask=options["attention_mask"],
         cu_seqlens=cu_seqlens,
         sliding_window=sliding_window,
         alibi_slopes=alibi_slopes,
@@ -255,6 +269,20 @@ def _check_key_norm_bound(bound: torch.Tensor | None, key: torch.Tensor) -> None
         )
     if bound.device != key.device:
         raise ValueError(f"key_norm_bound is on {bound.device}, key on {key.device}")
+
+
+def _check_key_start(key_start: torch.Tensor | None, query: torch.Tensor) -> None:
+    if key_start is None:
+        return
+    batch, _, q_len, _ = query.shape
+    if not isinstance(key_start, torch.Tensor) or key_start.dtype != torch.int32:
+        raise TypeError(f"key_start must be an int32 tensor of shape (batch or 1, q_len), got {_kind(key_start)}")
+    if key_start.ndim != 2 or key_start.shape[0] not in (1, batch) or key_start.shape[1] != q_len:
+        raise ValueError(
+            f"key_start must be (batch or 1, q_len), the query is {tuple(query.shape)}, got {tuple(key_start.shape)}"
+        )
+    if key_start.device != query.device:
+        raise ValueError(f"key_start is on {key_start.device}, query on {query.device}")
 
 
 def _check_cu_seqlens(cu_seqlens: torch.Tensor | None, query: torch.Tensor, kv_len: int) -> None:

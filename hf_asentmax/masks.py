@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["alibi_positions", "query_positions", "visible_count", "visible_keys"]
+__all__ = ["alibi_positions", "mask_with_key_start", "query_positions", "visible_count", "visible_keys"]
 
 
 def query_positions(q_len: int, kv_len: int, device: torch.device | str) -> torch.Tensor:
@@ -55,6 +55,16 @@ def visible_keys(
     for part in parts[1:]:
         visible = visible & part
     return visible.reshape((1,) * (4 - visible.ndim) + tuple(visible.shape))
+
+
+def mask_with_key_start(
+    attention_mask: torch.Tensor | None, key_start: torch.Tensor, batch: int, kv_len: int
+) -> torch.Tensor:
+    """Both in one bool (batch, 1 or heads, q_len, kv_len): a query sees no key before key_start (batch or 1, q_len)."""
+    mask = torch.arange(kv_len, device=key_start.device) >= key_start[:, None, :, None]
+    if attention_mask is not None:
+        mask = mask & (attention_mask[:, None, None, :] if attention_mask.ndim == 2 else attention_mask)
+    return mask.expand(batch, -1, -1, -1)
 
 
 def visible_count(

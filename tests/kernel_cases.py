@@ -24,6 +24,7 @@ class Case:
             thousands), one (every query is a multiple of one key), topical (runs of keys share a direction).
         mask: None, left, right, holes, nothing (a batch entry without keys), free, free_heads.
         packed: boundaries of packed sequences.
+        starts: the first key of each query is given, of documents that differ from row to row of the batch.
         alibi: slopes 1/h on the first half of the heads, 0 on the rest.
         strided: inputs are views of (batch, length, heads, head_dim) memory.
     """
@@ -42,6 +43,7 @@ class Case:
     causal: bool = True
     mask: str | None = None
     packed: tuple[int, ...] | None = None
+    starts: bool = False
     alibi: bool = False
     strided: bool = False
     more: dict[str, Any] = field(default_factory=dict)
@@ -108,7 +110,12 @@ def options(case: Case, device: str) -> dict[str, Any]:
         slopes = torch.zeros(heads)
         slopes[: heads // 2] = 1.0 / torch.arange(1, heads // 2 + 1)
     packed = None if case.packed is None else torch.tensor(case.packed, dtype=torch.int32)
-    moved = {"attention_mask": mask, "alibi_slopes": slopes, "cu_seqlens": packed}
+    starts = None
+    if case.starts:
+        begins = torch.rand(batch, q_len) < 4 / q_len
+        position = torch.arange(q_len) + kv_len - q_len
+        starts = torch.where(begins, position, 0).cummax(dim=1).values.to(torch.int32)
+    moved = {"attention_mask": mask, "alibi_slopes": slopes, "cu_seqlens": packed, "key_start": starts}
     moved = {name: None if tensor is None else tensor.to(device) for name, tensor in moved.items()}
     return {"alpha": case.alpha, "is_causal": case.causal, **moved, **case.more}
 
@@ -126,6 +133,7 @@ def definition(inputs: list[torch.Tensor], grad: torch.Tensor, settings: dict[st
     members = query.shape[1] // key.shape[1]
     entries = max(1, _SCORES_AT_ONCE // (members * query.shape[2] * key.shape[2]))
     mask, slopes = settings.get("attention_mask"), settings.get("alibi_slopes")
+    starts = settings.get("key_start")
     results = [torch.empty_like(tensor) for tensor in (grad, query, key, value)]
     for entry in range(0, query.shape[0], entries):
         for kv_head in range(key.shape[1]):
@@ -134,6 +142,8 @@ def definition(inputs: list[torch.Tensor], grad: torch.Tensor, settings: dict[st
             part = {**settings, "alibi_slopes": None if slopes is None else slopes[heads]}
             if mask is not None:
                 part["attention_mask"] = mask[batch, heads] if mask.ndim == 4 and mask.shape[1] > 1 else mask[batch]
+            if starts is not None:
+                part["key_start"] = starts[batch]
             leaves = [query[batch, heads], key[batch, one], value[batch, one]]
             leaves = [leaf.clone().requires_grad_() for leaf in leaves]
             output = entmax_attention(*leaves, backend="eager", **part)
@@ -159,6 +169,7 @@ SMALL_CASES = [
     Case("single-nothing", q_len=40, batch=2, mask="nothing", causal=False),
     Case("single-equal", q_len=63, kind="equal"),
     Case("single-huge", q_len=63, kind="huge"),
+    Case("single-starts", q_len=60, batch=2, starts=True, alibi=True),
     Case("short", dtype=_F16, q_len=150, head_dim=16),
     Case("short-window-alibi", dtype=_F16, q_len=200, head_dim=16, alibi=True, more={"sliding_window": 60}),
     Case("short-holes", dtype=_F16, q_len=130, batch=2, head_dim=16, mask="holes"),
@@ -181,6 +192,8 @@ SMALL_CASES = [
     Case("dense-left", q_len=150, heads=1, batch=2, mask="left"),
     Case("dense-holes", q_len=150, heads=1, batch=2, mask="holes", alibi=False),
     Case("dense-packed", q_len=200, heads=1, packed=(0, 5, 5, 90, 200)),
+    Case("dense-starts", q_len=150, batch=2, starts=True, alibi=True, mask="left"),
+    Case("dense-starts-few", q_len=2, kv_len=300, batch=2, starts=True),
     Case("dense-free-all", q_len=70, kv_len=150, batch=2, mask="free_heads", alibi=True, more={"sliding_window": 60}),
     Case("dense-equal", q_len=140, heads=1, kind="equal"),
     Case("dense-huge", q_len=150, heads=1, kind="huge"),
@@ -204,6 +217,7 @@ def _gpu_cases() -> list[Case]:
         Case("long-alibi-full", q_len=2500, heads=4, head_dim=64, alibi=True, causal=False, dtype=_BF16),
         Case("long-window", q_len=6500, head_dim=64, dtype=_BF16, more={"sliding_window": 257}),
         Case("long-packed", q_len=6500, head_dim=64, dtype=_BF16, packed=(0, 3, 1000, 1001, 4000, 6500)),
+        Case("long-starts", q_len=6500, batch=2, head_dim=64, dtype=_BF16, starts=True, alibi=True),
         Case("long-left", q_len=2500, batch=3, head_dim=64, dtype=_BF16, mask="left"),
         Case("long-holes", q_len=2500, batch=2, head_dim=64, dtype=_BF16, mask="holes"),
         Case("long-free", q_len=1500, batch=2, head_dim=64, dtype=_BF16, mask="free_heads", causal=False),

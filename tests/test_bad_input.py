@@ -308,6 +308,31 @@ def test_cu_seqlens_that_are_right(boundaries: list[int]):
         assert torch.isfinite(entmax_attention(**packed(cu_seqlens=torch.tensor(boundaries, dtype=dtype)))).all()
 
 
+# --- key_start
+
+
+@pytest.mark.parametrize(
+    ("key_start", "error", "parts"),
+    [
+        ([[0] * KV_LEN], TypeError, ("key_start must be an int32 tensor", "list")),
+        (torch.zeros(1, KV_LEN, dtype=torch.int64), TypeError, ("key_start must be an int32 tensor", "torch.int64")),
+        (torch.zeros(KV_LEN, dtype=torch.int32), ValueError, ("(batch or 1, q_len)", f"got ({KV_LEN},)")),
+        (torch.zeros(3, KV_LEN, dtype=torch.int32), ValueError, ("(batch or 1, q_len)", f"got (3, {KV_LEN})")),
+        (torch.zeros(1, 2, dtype=torch.int32), ValueError, ("(batch or 1, q_len)", "got (1, 2)")),
+        (torch.zeros(1, KV_LEN, dtype=torch.int32, device="meta"), ValueError, ("key_start is on meta, query on cpu",)),
+    ],
+)
+def test_key_start(key_start: Any, error: type[Exception], parts: tuple[str, ...]):
+    assert_refused(error, *parts, **packed(key_start=key_start))
+
+
+def test_a_key_start_out_of_range_hides_nothing_or_all():
+    call = packed()
+    before, beyond = (torch.full((1, KV_LEN), start, dtype=torch.int32) for start in (-3, KV_LEN + 3))
+    assert torch.equal(entmax_attention(**call, key_start=before), entmax_attention(**call))
+    assert not entmax_attention(**call, key_start=beyond).any()
+
+
 # --- sliding_window, softcap, backend
 
 

@@ -13,10 +13,11 @@ from transformers.utils import TransformersKwargs, logging
 from ..attention import entmax_attention
 from ..eager import eager_attention
 from ..mappings import adaptive_temperature_softmax, entmax, top_k_softmax
-from ..masks import query_positions, visible_count
+from ..masks import mask_with_key_start, query_positions, visible_count
 from ..positions import alibi_slopes
 from .install import AttentionSettings, scaling_of
 from .key_norms import key_norm_bound
+from .masks import key_start_of
 from .names import CACHE_ARGUMENT, HIDDEN_STATES_ARGUMENT, SETTINGS_ATTRIBUTE
 
 __all__ = ["asentmax_attention_forward"]
@@ -63,7 +64,8 @@ def asentmax_attention_forward(
         query: (batch, heads, q_len, head_dim).
         key, value: (batch, kv_heads, kv_len, head_dim).
         attention_mask: what `asentmax_mask` made: bool (batch, 1, q_len, kv_len) that holds everything, bool
-            (batch, kv_len) padding beside causality, or None where purely causal.
+            (batch, kv_len) padding beside causality, int32 (batch or 1, 1, q_len, 1) first keys beside causality, or
+            None where purely causal.
         scaling: the model's own factor on the scores, default 1/sqrt(head_dim).
         dropout: probability of dropping a weight.
         softcap: cap on the (length-scaled) scores.
@@ -88,12 +90,16 @@ def asentmax_attention_forward(
         raise NotImplementedError(
             f"{type(module).__name__} has {query.shape[1]} heads where its config says {settings.num_heads}"
         )
+    key_start = None if attention_mask is None else key_start_of(attention_mask)
+    if key_start is not None:
+        attention_mask, sliding_window = None, None  # windows are in it
     cache, bound = kwargs.get(CACHE_ARGUMENT), None
     if cache is not None:  # without one the layer's index stays unread: torch.compile would compile every layer anew
         bound = key_norm_bound(cache, getattr(module, "layer_idx", None), key, query.shape[2])
     query, key, value = _one_dtype(query, key, value)
     flags = settings.flags
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    causal = causal or key_start is not None
     if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
         # An empty static cache that a prompt has just been written to: transformers leaves the mask out, and the
         # slots after the prompt are not filled yet.
@@ -110,6 +116,8 @@ def asentmax_attention_forward(
         if hidden_states is None:
             raise RuntimeError(f"the layer's input did not reach the attention function of {type(module).__name__}")
         count = _visible_count(query, key, causal, attention_mask, sliding_window)
+        if key_start is not None:
+            count = (count - key_start[:, None]).clamp_min(0)
         if count.shape[1] > 1:  # a mask per head
             count = count[:, settings.num_unscaled_heads :]
         query = _scaled_query(query, length_scaling(hidden_states, count), settings.num_unscaled_heads)
@@ -132,6 +140,7 @@ def asentmax_attention_forward(
             attention_mask=attention_mask,
             alibi_slopes=slopes,
             sliding_window=sliding_window,
+            key_start=key_start,
             softcap=softcap,
             key_norm_bound=bound,
         )
@@ -143,6 +152,8 @@ def asentmax_attention_forward(
         logger.warning_once(
             f"hf_asentmax runs this attention in plain PyTorch (memory square in length), not in kernels: {reason}"
         )
+    if key_start is not None:
+        attention_mask = mask_with_key_start(attention_mask, key_start, query.shape[0], key.shape[2])
     output, weights = eager_attention(
         query,
         key,

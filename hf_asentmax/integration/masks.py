@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import masking_utils
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-__all__ = ["asentmax_mask"]
+__all__ = ["asentmax_mask", "key_start_of"]
 
 
 def asentmax_mask(
@@ -24,13 +25,14 @@ def asentmax_mask(
 ) -> torch.Tensor | None:
     """What hides keys beside causality: nothing, the padding alone, or a full mask.
 
-    Causal attention over padded rows needs no more than the padding mask, whose memory is linear in the length.
-    Everything else (windows, packed sequences, static caches, masks of a model's own) becomes a boolean mask, as for
-    ``sdpa``.
+    Causal attention over padded rows needs no more than the padding mask, and packed sequences and windows without
+    padding, cache and torch.compile no more than the first key of each query: memory linear in the length. Everything
+    else (static caches, windows with padding, masks of a model's own) becomes a boolean mask, as for ``sdpa``.
 
     Returns:
         None where every query sees all keys up to its own; (batch, kv_length) bool, true where the key is no padding,
-        for queries that end with the last key; else (batch, 1, q_length, kv_length) bool, true where visible.
+        for queries that end with the last key; (batch or 1, 1, q_length, 1) int32, the first key that a causal query
+        sees (`key_start_of`); else (batch, 1, q_length, kv_length) bool, true where visible.
     """
     ends_with_the_last_key = (
         isinstance(q_offset, int) and kv_offset == 0 and q_offset + q_length == kv_length and q_length > 1
@@ -45,6 +47,12 @@ def asentmax_mask(
     ):
         without_padding = not torch.compiler.is_compiling() and bool(attention_mask.all())
         return None if without_padding and q_length == kv_length else attention_mask
+    whole = isinstance(q_offset, int) and q_offset == kv_offset == 0 and 1 < q_length == kv_length
+    if whole and mask_function is not causal_mask_function and not torch.compiler.is_compiling():
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        first = None if padded else _first_keys(mask_function, q_length, kwargs.get("device"))
+        if first is not None:
+            return first[:, None, :, None].to(torch.int32)
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -57,3 +65,62 @@ def asentmax_mask(
         allow_is_causal_skip=allow_is_causal_skip,
         **kwargs,
     )
+
+
+def key_start_of(mask: torch.Tensor) -> torch.Tensor | None:
+    """(batch or 1, q_len) int32 of a mask that `asentmax_mask` made of each query's first key; None of any other."""
+    made_here = mask.ndim == 4 and mask.dtype == torch.int32 and mask.shape[2] > 1 and mask.shape[3] == 1
+    return mask[:, 0, :, 0] if made_here else None
+
+
+def _code_of(name: str, *arguments: Any) -> Any:
+    """The code of what a mask factory of transformers returns; None in versions without it."""
+    factory = getattr(masking_utils, name, None)
+    return None if factory is None else factory(*arguments).__code__
+
+
+_BOTH = _code_of("and_masks", causal_mask_function)
+_WINDOW = _code_of("sliding_window_overlay", 1)
+_PACKED = _code_of("packed_sequence_mask_function", torch.zeros(1, 1))
+_REMAPPED = _code_of("remap_positions_for_packed_sequence", causal_mask_function, torch.zeros(1, 1))
+
+
+def _first_keys(mask_function: Any, length: int, device: torch.device | str | None) -> torch.Tensor | None:
+    """(batch or 1, length) first keys, if the function is causality with windows and packed sequences, else None."""
+    parts: list[Any] = []
+    pending = [mask_function]
+    while pending:
+        function = pending.pop()
+        code = getattr(function, "__code__", None)
+        names = getattr(code, "co_freevars", ())
+        cells = dict(
+            zip(names, (cell.cell_contents for cell in getattr(function, "__closure__", None) or ()), strict=True)
+        )
+        if function is causal_mask_function:
+            parts.append("causal")
+        elif code is None:
+            return None
+        elif code is _BOTH:
+            pending.extend(cells["mask_functions"])
+        elif code is _REMAPPED:  # to positions within the sequences: differences stay, within one
+            pending.append(cells["mask_function"])
+        elif code is _WINDOW:
+            parts.append(cells["sliding_window"])
+        elif code is _PACKED:
+            parts.append(cells["packed_sequence_mask"])
+        else:
+            return None
+    if "causal" not in [part for part in parts if isinstance(part, str)]:
+        return None
+    index = torch.arange(length, device=device)[None]
+    first = torch.zeros_like(index)
+    for part in parts:
+        if isinstance(part, int):
+            first = torch.maximum(first, index - (part - 1))
+        elif isinstance(part, torch.Tensor):
+            steps = part.diff(dim=-1, prepend=part[:, :1])
+            if bool((steps < 0).any()):  # not numbered in order: not intervals
+                return None
+            starts = torch.where(steps != 0, index.to(part.device), 0).cummax(dim=-1).values
+            first = torch.maximum(first.to(part.device), starts)
+    return first

@@ -89,6 +89,7 @@ def entmax_attention_triton(
     alibi_slopes: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
     sliding_window: int | None = None,
+    key_start: torch.Tensor | None = None,
     softcap: float | None = None,
     key_norm_bound: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -111,6 +112,6 @@ def entmax_attention_triton(
         "sliding_window": sliding_window,
         "softcap": softcap,
     }
-    if decodes(query, key, value, cu_seqlens):
+    if key_start is None and decodes(query, key, value, cu_seqlens):
         return decode_attention(query, key, value, key_norm_bound=key_norm_bound, **options)
-    return attention(query, key, value, cu_seqlens=cu_seqlens, **options)
+    return attention(query, key, value, cu_seqlens=cu_seqlens, key_start=key_start, **options)

@@ -176,11 +176,14 @@ def attention(
     alibi_slopes: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     sliding_window: int | None,
+    key_start: torch.Tensor | None,
     softcap: float | None,
 ) -> torch.Tensor:
     """entmax_attention by the kernels; the arguments have been checked (see attention.entmax_attention)."""
     query, key, value = as_autocast(query, key, value)
-    ranges = row_ranges(query.shape[2], key.shape[2], attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+    ranges = row_ranges(
+        query.shape[2], key.shape[2], attention_mask=attention_mask, cu_seqlens=cu_seqlens, key_start=key_start
+    )
     slopes = None if alibi_slopes is None else alibi_slopes.detach().to(torch.float32).contiguous()
     options = (alpha, scale, is_causal, sliding_window, softcap)
     for_backward = needs_gradient(query, key, value)

@@ -41,6 +41,7 @@ def row_ranges(
     *,
     attention_mask: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
+    key_start: torch.Tensor | None = None,
 ) -> RowRanges:
     """Padding, packing and a free mask as intervals and flags.
 
@@ -49,6 +50,7 @@ def row_ranges(
         attention_mask: bool, (batch, kv_len), true where the key is no padding, or (batch, 1 or heads, q_len, kv_len),
             true where the query sees the key.
         cu_seqlens: (sequences + 1,) int, boundaries of the sequences packed into batch 1, from 0 to kv_len.
+        key_start: (batch or 1, q_len) int32, the first key that each query may see.
 
     Returns:
         The ranges; all their tensors are on the masks' device, and no value was read by the host.
@@ -72,6 +74,10 @@ def row_ranges(
         packed_stop = boundary[sequence.clamp(0, last)].to(torch.int32)[None]
         start = packed_start if start is None else torch.maximum(start, packed_start)
         stop = packed_stop if stop is None else torch.minimum(stop, packed_stop)
+    if key_start is not None:
+        key_start = key_start.clamp(0, kv_len)
+        start = key_start if start is None else torch.maximum(start, key_start)
+        stop = torch.full_like(start, kv_len) if stop is None else stop
     if start is not None and stop is not None:
         start, stop = start.contiguous(), stop.contiguous()
     return RowRanges(start, stop, key_valid, has_holes, dense_mask)

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlattening, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DataCollatorWithFlattening,
+    PreTrainedModel,
+    masking_utils,
+)
+from transformers.masking_utils import sdpa_mask
+
+from hf_asentmax import entmax_attention
+from hf_asentmax.integration.masks import _first_keys
 
 from tiny_models import perturb_scalings, random_ids, tiny_model
 
@@ -106,6 +117,56 @@ def test_a_family_that_can_not_pack_says_so() -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="asentmax").eval()
     with pytest.raises(NotImplementedError, match="packed sequences"):
         model(torch.cat([FIRST, SECOND], 1), position_ids=torch.cat([torch.arange(7), torch.arange(13)])[None])
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "phi3", "gpt2"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_windows_and_packed_sequences_make_no_square_mask(
+    family: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first key of each query says all there is, where nothing is padded, cached or compiled."""
+    model = tiny_model(family, "asentmax", {})
+    perturb_scalings(model)
+    ids = torch.cat([FIRST, SECOND], 1).repeat(2, 1)
+    positions = torch.cat([torch.arange(7), torch.arange(13)]) if packed else torch.arange(20)
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr("hf_asentmax.integration.masks._first_keys", lambda *_: None)  # the square mask
+        expected = model(ids, position_ids=positions[None].repeat(2, 1), use_cache=False).logits
+    starts: list[torch.Tensor | None] = []
+
+    def seen(*args: Any, key_start: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        starts.append(key_start)
+        return entmax_attention(*args, key_start=key_start, **options)
+
+    def none_alone(**kwargs: Any) -> None:
+        assert sdpa_mask(**kwargs) is None, "a square mask"
+
+    monkeypatch.setattr("hf_asentmax.integration.forward.entmax_attention", seen)
+    monkeypatch.setattr("hf_asentmax.integration.masks.sdpa_mask", none_alone)
+    with torch.no_grad():
+        out = model(ids, position_ids=positions[None].repeat(2, 1), use_cache=False).logits
+    assert torch.allclose(out, expected, atol=2e-6)
+    windows = getattr(model.config, "sliding_window", None) is not None
+    assert any(start is not None for start in starts) == (packed or windows)
+
+
+def test_masks_of_other_kinds_stay_square() -> None:
+    """Only causality, windows and packed sequences are told by first keys."""
+    window = masking_utils.sliding_window_causal_mask_function(3)
+    assert _first_keys(window, 6, "cpu").tolist() == [[0, 0, 0, 1, 2, 3]]  # type: ignore[union-attr]
+    packed = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0]]))
+    both = masking_utils.and_masks(packed, window)
+    assert _first_keys(both, 6, "cpu").tolist() == [[0, 0, 2, 2, 2, 5], [0, 0, 0, 1, 2, 3]]  # type: ignore[union-attr]
+    unordered = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 1, 0, 1]]))
+    for other in (
+        masking_utils.or_masks(window, packed),
+        masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.int64)),
+        masking_utils.sliding_window_overlay(3),  # no causality
+        masking_utils.and_masks(unordered, masking_utils.causal_mask_function),
+        lambda batch, head, query, key: key <= query,
+        partial(window),
+    ):
+        assert _first_keys(other, 4, "cpu") is None
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])

@@ -77,10 +77,14 @@ class Call:
         self.mask = options.pop("attention_mask", None)
         self.cu_seqlens = options.pop("cu_seqlens", None)
         self.window = options.pop("sliding_window", None)
+        self.key_start = options.pop("key_start", None)
+        self.key_start = None if self.key_start is None else self.key_start.to(device)
         self.mask = None if self.mask is None else self.mask.to(device)
         self.cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
         assert not options
-        ranges = row_ranges(q_len, kv_len, attention_mask=self.mask, cu_seqlens=self.cu_seqlens)
+        ranges = row_ranges(
+            q_len, kv_len, attention_mask=self.mask, cu_seqlens=self.cu_seqlens, key_start=self.key_start
+        )
         is_causal = self.options["is_causal"]
         self.problem = Problem(
             self.query, self.key, self.value, alpha, 1 / math.sqrt(head_dim), is_causal, self.window, None,
@@ -112,6 +116,7 @@ class Call:
             attention_mask=self.mask,
             cu_seqlens=self.cu_seqlens,
             sliding_window=self.window,
+            key_start=self.key_start,
             backend="eager",
             **self.options,
         )
@@ -147,6 +152,12 @@ CASES: dict[str, dict[str, Any]] = {
     "alibi": {"q_len": 120, "kv_len": 130, "slopes": [0.0, 0.5]},
     "window": {"sliding_window": 40},
     "packed": {"q_len": 150, "cu_seqlens": torch.tensor([0, 3, 70, 71, 150])},
+    "starts": {
+        "batch": 2,
+        "q_len": 150,
+        "heads": 1,
+        "key_start": torch.tensor([[0] * 70 + [70] * 80, [0] * 3 + [3] * 97 + [100] * 50], dtype=torch.int32),
+    },
     "left and right padding": {"batch": 2, "q_len": 90, "heads": 1, "attention_mask": padding(2, 150, holes=False)},
     "padding with holes": {"batch": 2, "attention_mask": padding(2, 150, holes=True), "slopes": [0.0, 0.3]},
     "strides, odd dims": {"head_dim": 20, "value_dim": 24, "kv_heads": 2, "transposed": True},
