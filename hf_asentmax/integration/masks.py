@@ -74,9 +74,11 @@ def key_start_of(mask: torch.Tensor) -> torch.Tensor | None:
 
 
 def _code_of(name: str, *arguments: Any) -> Any:
-    """The code of what a mask factory of transformers returns; None in versions without it."""
-    factory = getattr(masking_utils, name, None)
-    return None if factory is None else factory(*arguments).__code__
+    """The code of what a mask factory of transformers returns; None in versions without it, or with another."""
+    try:
+        return getattr(masking_utils, name)(*arguments).__code__
+    except (AttributeError, TypeError):  # its masks then stay square
+        return None
 
 
 _BOTH = _code_of("and_masks", causal_mask_function)
