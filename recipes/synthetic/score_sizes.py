@@ -1,4 +1,4 @@
-"""How large a model's scores are, head by head, and a limit to it that keeps keys competing."""
+"""How large a model's scores are, head by head, and limits to scores and logits that keep a model learning."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recipes.synthetic.measuring import autocast
 from recipes.synthetic.models import outputs_at
 from recipes.synthetic.tasks import Batch
 
-__all__ = ["limit_scores", "score_sizes"]
+__all__ = ["limit_logits", "limit_scores", "score_sizes"]
 
 
 @torch.no_grad()
@@ -53,6 +53,23 @@ def limit_scores(model: PreTrainedModel, sizes: torch.Tensor, limit: float) -> N
         factor = (limit / of_layer).clamp(max=1.0).sqrt().repeat_interleave(head_dim)[:, None]
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             projection.weight.mul_(factor)
+
+
+@torch.no_grad()
+def limit_logits(model: PreTrainedModel, batch: Batch, limit: float) -> torch.Tensor:
+    """Scale down the output layer where logits stand out by more than the limit; () how much they did before.
+
+    That is the mean over the batch's targets of the largest logit less the mean one. Heads that look up the same
+    outvote each other's errors, and with large logits their bare majority makes a loss of nothing: see lookup.py.
+    """
+    was_training = model.training
+    model.eval()
+    with autocast(batch.inputs.device):
+        logits = outputs_at(model, batch)[batch.labels >= 0].float()
+    model.train(was_training)
+    gap = (logits.amax(dim=-1) - logits.mean(dim=-1)).mean()
+    model.get_output_embeddings().weight.mul_((limit / gap).clamp(max=1.0))
+    return gap
 
 
 @contextmanager

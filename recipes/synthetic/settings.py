@@ -39,6 +39,9 @@ class RunSettings:
     score_limit: float = flag(
         0.0, "scale down the query and key projections of a head while its scores' size exceeds this; 0 for no limit"
     )
+    logit_limit: float = flag(
+        0.0, "scale down the output layer while its largest logits exceed their mean by more than this; 0 for no limit"
+    )
     channel_drop: float = flag(
         0.0, "probability with which a channel is left out of the scores of heads without ALiBi, per sample in training"
     )
@@ -97,6 +100,8 @@ class RunSettings:
                 "score-limit must be at least 0, and 0 with qk-norm, which sets the scores' size itself; "
                 f"got {self.score_limit}"
             )
+        if self.logit_limit < 0:
+            raise ValueError(f"logit-limit must be at least 0, got {self.logit_limit}")
         if self.ease_corrupt and self.ease_in <= 0:
             raise ValueError("ease-corrupt takes as many updates as ease-in: give --ease-in")
         if not 0 <= self.average < 1:

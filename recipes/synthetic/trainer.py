@@ -19,7 +19,7 @@ import hf_asentmax
 from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
 from recipes.synthetic.models import build_model, outputs_at
 from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, hardest
-from recipes.synthetic.score_sizes import limit_scores, score_sizes
+from recipes.synthetic.score_sizes import limit_logits, limit_scores, score_sizes
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import Batch, Task
 
@@ -51,6 +51,8 @@ class Trainer:
 
     def __init__(self, task: Task, settings: RunSettings, seed: int, folder: Path, device: torch.device) -> None:
         self.task, self.settings, self.seed, self.folder, self.device = task, settings, seed, folder, device
+        if settings.logit_limit > 0 and task.name == "max_retrieval":
+            raise ValueError("logit-limit is for tasks of tokens; max_retrieval has a model of its own")
         torch.manual_seed(seed)
         self.model = build_model(
             task, settings.method, settings.positions, settings.attention_flags, qk_norm=settings.qk_norm
@@ -220,6 +222,8 @@ class Trainer:
         if settings.score_limit > 0 and self.step % LIMIT_EVERY == 0:
             sizes = score_sizes(self.model, batch.select(slice(0, LIMIT_SAMPLES)))
             limit_scores(self.model, sizes, settings.score_limit)
+        if settings.logit_limit > 0 and self.step % LIMIT_EVERY == 0:
+            limit_logits(self.model, batch.select(slice(0, LIMIT_SAMPLES)), settings.logit_limit)
         self._move_average()
         self.loss_sum += loss.detach()
         if settings.key_noise_loss > 0 and self.left_plateau is not None:

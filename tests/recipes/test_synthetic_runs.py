@@ -14,7 +14,7 @@ from recipes.synthetic import evaluate, lookup, measuring, report, train
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
 from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, hardest
-from recipes.synthetic.score_sizes import limit_scores, score_sizes
+from recipes.synthetic.score_sizes import limit_logits, limit_scores, score_sizes
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.stick_breaking import stick_breaking_attention
 from recipes.synthetic.tasks import TASKS, Batch, Mqmtar, Task
@@ -224,6 +224,26 @@ def test_scores_above_the_limit_are_scaled_down(method: str) -> None:
         torch.testing.assert_close(projection.weight.detach(), weight)
     expected = sizes[0].clamp(max=limit)
     torch.testing.assert_close(score_sizes(model, batch)[0], expected, rtol=1e-4, atol=0)
+
+
+def test_logits_above_the_limit_are_scaled_down(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = build_model(SMALL, "asentmax", "nape").train()
+    batch = SMALL.test_batch(4, 64, torch.Generator().manual_seed(0)).padded(*SMALL.padded_shape())
+    with torch.no_grad():
+        model.lm_head.weight *= 100
+    weight = model.lm_head.weight.clone()
+    logits = outputs_at(model, batch)[batch.labels >= 0]
+    gap = (logits.max(-1).values - logits.mean(-1)).mean()
+    torch.testing.assert_close(limit_logits(model, batch, 5.0), gap.detach())
+    torch.testing.assert_close(model.lm_head.weight.detach(), weight * 5.0 / gap.detach())
+    torch.testing.assert_close(limit_logits(model, batch, 6.0), torch.tensor(5.0))
+    torch.testing.assert_close(model.lm_head.weight.detach(), weight * 5.0 / gap.detach())
+    trainer = Trainer(SMALL, RunSettings(steps=21, batch=8, logit_limit=0.1), 0, tmp_path, CPU)
+    trainer.run()
+    assert float(limit_logits(trainer.model, batch, 1e9)) < 0.2
+    with pytest.raises(ValueError, match="max_retrieval has a model of its own"):
+        Trainer(small("max_retrieval"), RunSettings(steps=1, logit_limit=1.0), 0, tmp_path / "sets", CPU)
 
 
 def test_a_run_keeps_scores_within_their_limit(tmp_path: Path) -> None:
