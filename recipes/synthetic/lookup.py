@@ -1,6 +1,6 @@
 r"""A lookup without the model around it: which training makes it precise, in minutes on a CPU.
 
-    python recipes/synthetic/lookup.py             # every variant, 3 seeds: writes results/lookup.json, prints a table
+    python recipes/synthetic/lookup.py             # every variant, 3 seeds (half an hour): lookup.json and a table
     python recipes/synthetic/lookup.py --variants "head drop 0.9" --seeds 0 --steps 300
 
 MQMTAR's step that errs: heads look for the key of two letters that equals the query's,
@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1200, help="updates of 1,024 samples (default: 1200)")
     parser.add_argument("--queries", type=int, default=TEST_QUERIES, help="of a test (default: 6000)")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "lookup.json")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     parsed = parser.parse_args(arguments)
     rows: list[dict[str, Any]] = []
     header = results_header(torch.device("cpu"), parsed.seeds)
