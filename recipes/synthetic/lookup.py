@@ -67,6 +67,8 @@ VARIANTS = {
     "head drop 0.9": Variant(head_drop=0.9),
     "head drop 0.75, without noise and jitter": Variant(head_drop=0.75, noise=0.0, jitter=1.0),
     "no near misses": Variant(near=0.0),
+    "no near misses, gain 5": Variant(near=0.0, gain=5.0),
+    "no near misses, gain 8": Variant(near=0.0, gain=8.0),
     "no near misses, head drop 0.75": Variant(near=0.0, head_drop=0.75),
     "no near misses, head drop 0.9": Variant(near=0.0, head_drop=0.9),
 }
