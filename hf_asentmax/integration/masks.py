@@ -89,40 +89,37 @@ _REMAPPED = _code_of("remap_positions_for_packed_sequence", causal_mask_function
 
 def _first_keys(mask_function: Any, length: int, device: torch.device | str | None) -> torch.Tensor | None:
     """(batch or 1, length) first keys, if the function is causality with windows and packed sequences, else None."""
-    parts: list[Any] = []
+    causal, remapped = False, False
+    windows: list[Any] = []
+    packed: list[Any] = []
     pending = [mask_function]
     while pending:
         function = pending.pop()
-        code = getattr(function, "__code__", None)
-        names = getattr(code, "co_freevars", ())
-        cells = dict(
-            zip(names, (cell.cell_contents for cell in getattr(function, "__closure__", None) or ()), strict=True)
-        )
         if function is causal_mask_function:
-            parts.append("causal")
-        elif code is None:
+            causal = True
+            continue
+        code = getattr(function, "__code__", None)
+        if code is None or not any(code is known for known in (_BOTH, _REMAPPED, _WINDOW, _PACKED)):
             return None
-        elif code is _BOTH:
-            pending.extend(cells["mask_functions"])
+        values = dict(zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__), strict=True))
+        if code is _BOTH:
+            pending.extend(values["mask_functions"])
         elif code is _REMAPPED:  # to positions within the sequences: differences stay, within one
-            pending.append(cells["mask_function"])
+            pending.append(values["mask_function"])
+            remapped = True
         elif code is _WINDOW:
-            parts.append(cells["sliding_window"])
-        elif code is _PACKED:
-            parts.append(cells["packed_sequence_mask"])
+            windows.append(values["sliding_window"])
         else:
-            return None
-    if "causal" not in [part for part in parts if isinstance(part, str)]:
+            packed.append(values["packed_sequence_mask"])
+    if not causal or (remapped and not packed) or not all(isinstance(window, int) for window in windows):
         return None
     index = torch.arange(length, device=device)[None]
     first = torch.zeros_like(index)
-    for part in parts:
-        if isinstance(part, int):
-            first = torch.maximum(first, index - (part - 1))
-        elif isinstance(part, torch.Tensor):
-            steps = part.diff(dim=-1, prepend=part[:, :1])
-            if bool((steps < 0).any()):  # not numbered in order: not intervals
-                return None
-            starts = torch.where(steps != 0, index.to(part.device), 0).cummax(dim=-1).values
-            first = torch.maximum(first.to(part.device), starts)
+    for window in windows:
+        first = torch.maximum(first, index - (window - 1))
+    for sequences in packed:
+        steps = sequences.diff(dim=-1, prepend=sequences[:, :1])
+        if sequences.shape[-1] != length or bool((steps < 0).any()):  # not numbered in order: not intervals
+            return None
+        first = torch.maximum(first, torch.where(steps != 0, index, 0).cummax(dim=-1).values)
     return first

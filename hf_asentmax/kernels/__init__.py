@@ -112,6 +112,6 @@ def entmax_attention_triton(
         "sliding_window": sliding_window,
         "softcap": softcap,
     }
-    if key_start is None and decodes(query, key, value, cu_seqlens):
+    if decodes(query, key, value, cu_seqlens, key_start):
         return decode_attention(query, key, value, key_norm_bound=key_norm_bound, **options)
     return attention(query, key, value, cu_seqlens=cu_seqlens, key_start=key_start, **options)

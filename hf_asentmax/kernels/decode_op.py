@@ -17,13 +17,20 @@ MOST_DECODE_ROWS = 16
 DECODE_FROM = 256
 
 
-def decodes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor | None) -> bool:
+def decodes(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    key_start: torch.Tensor | None = None,
+) -> bool:
     """Whether a call is one for the decoding kernels."""
     q_len, kv_len = query.shape[2], key.shape[2]
     return (
         q_len <= MOST_DECODE_ROWS
         and kv_len > DECODE_FROM
         and cu_seqlens is None
+        and key_start is None
         and not needs_gradient(query, key, value)
     )
 

@@ -165,6 +165,13 @@ def test_masks_of_other_kinds_stay_square() -> None:
         masking_utils.and_masks(unordered, masking_utils.causal_mask_function),
         lambda batch, head, query, key: key <= query,
         partial(window),
+        masking_utils.remap_positions_for_packed_sequence(
+            window, torch.tensor([[0, 1, 0, 1]])
+        ),  # sequences not told apart
+        masking_utils.and_masks(
+            masking_utils.packed_sequence_mask_function(torch.zeros(1, 9)), window
+        ),  # another length
+        masking_utils.sliding_window_causal_mask_function(None),
     ):
         assert _first_keys(other, 4, "cpu") is None
 
