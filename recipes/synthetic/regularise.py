@@ -159,8 +159,7 @@ class HeadDrop:
 
     def draw(self, size: int, generator: torch.Generator, strength: float = 1.0) -> None:
         """Which heads each of the next `size` samples keeps; a head is left out with strength x probability."""
-        self._factors = None
-        if self.probability == 0 or strength == 0 or self._heads == 0:
+        if self.probability == 0 or self._heads == 0:
             return
         device = generator.device
         shape = (self._layers, size, self._heads)
@@ -170,10 +169,6 @@ class HeadDrop:
         factor = kept * (self._heads / kept.sum(dim=2, keepdim=True))
         factor = torch.cat([factor.new_ones((*shape[:2], self._always)), factor], dim=2)
         self._factors = list(factor.repeat_interleave(self._head_dim, dim=2)[:, :, None].unbind())
-
-    def all_stay(self) -> None:
-        """No head is left out until the next draw."""
-        self._factors = None
 
     def _kept(
         self, layer: int, projection: nn.Module, inputs: tuple[torch.Tensor, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -72,32 +73,23 @@ def limit_logits(model: PreTrainedModel, batch: Batch, limit: float) -> torch.Te
     return gap
 
 
+def _record(
+    into: dict[str, torch.Tensor], name: str, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> None:
+    into[name] = output
+
+
 @contextmanager
 def _recorded(model: PreTrainedModel) -> Iterator[list[dict[str, torch.Tensor]]]:
     """What each layer's query and key projections and its length scaling give while the context is open."""
     records: list[dict[str, torch.Tensor]] = []
     handles = []
-    for layer in model.model.layers:
+    for attention in (layer.self_attn for layer in model.model.layers):
         records.append({})
-        attention = layer.self_attn
-        modules: dict[str, nn.Module | None] = {
-            "query": attention.q_proj,
-            "key": attention.k_proj,
-            "factor": scaling_of(attention),
-        }
+        modules = {"query": attention.q_proj, "key": attention.k_proj, "factor": scaling_of(attention)}
         for name, module in modules.items():
             if module is not None:
-
-                def record(
-                    module: nn.Module,
-                    inputs: tuple[torch.Tensor, ...],
-                    output: torch.Tensor,
-                    into: dict[str, torch.Tensor] = records[-1],
-                    name: str = name,
-                ) -> None:
-                    into[name] = output
-
-                handles.append(module.register_forward_hook(record))
+                handles.append(module.register_forward_hook(partial(_record, records[-1], name)))
     try:
         yield records
     finally:

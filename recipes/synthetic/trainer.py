@@ -254,7 +254,7 @@ class Trainer:
             batch = batch.padded(*self.task.padded_shape())
         if choosing:
             self.jitter.lowest(settings.batch, self.device)
-            self.heads.all_stay()
+            self.heads.draw(settings.batch, self.data, 0.0)
             batch = hardest(batch, settings.batch, lambda part: self._losses(part, "none").sum(dim=1))
         strength = self._eased_in() if settings.ease_corrupt else 1.0
         return corrupted_answers(batch, self.task, strength * settings.corrupt, self.data)
