@@ -1,13 +1,13 @@
 """Tokens a second of `generate` at a long context: ASEntmax against the same model on transformers' sdpa.
 
     python recipes/benchmark/generate.py               # needs a CUDA GPU; writes generate.json beside this file
-    python recipes/benchmark/generate.py --small --context 300 --new 4     # tries the script without a GPU
+    python recipes/benchmark/generate.py --small --context 300 --new 12     # tries the script without a GPU
 
-Static cache, bfloat16, greedy, batch 1. The cache is filled with random keys and values instead of a prompt's, which
-costs the same to decode from, and the decoding steps are those that `generate` compiles: the model's forward in mode
-reduce-overhead (CUDA graphs). Weights are those of a model at its start; --sharpen multiplies query projections, so
-that supports are about as small as in a trained model. step_ms is the wall clock of a step, gpu_ms the time between
-its first kernel's start and its last one's end: the difference is the host's.
+`model.generate(prompt, cache_implementation="static")`, bfloat16, greedy, batch 1: transformers compiles its decoding
+steps in mode reduce-overhead (CUDA graphs). The prompt is random tokens. Weights are those of a model at its start;
+--sharpen multiplies query projections, so that supports are about as small as in a trained model. prompt_ms is the time
+to the first token, step_ms the wall clock of each further one, gpu_ms what the GPU works in a step (pauses below 10 us
+between kernels counted in): the rest of step_ms is the host's.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from torch.autograd import DeviceType
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 import hf_asentmax  # noqa: F401  (registers the presets)
 from recipes.common import results_header, write_json
 
 ROUNDS = 3  # each measures all methods in turn
+SETTLING = 4  # first tokens that aren't measured
 GPU_STEPS = 5  # steps whose time on the GPU is measured
+PAUSE_US = 10.0  # a longer one between two kernels is the host's
 KERNELS = 12  # of a step, those that take most of it, stand in the results
 SIZES: dict[str, dict[str, Any]] = {
     "124M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048},
@@ -60,104 +62,123 @@ METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
 
 def build(implementation: str, flags: dict[str, Any] | None, size: dict[str, Any], length: int) -> PreTrainedModel:
     """A Llama of a size, bfloat16."""
-    config = LlamaConfig(vocab_size=32_000, max_position_embeddings=length, tie_word_embeddings=True, **size)
+    config = LlamaConfig(vocab_size=32_000, max_position_embeddings=length, tie_word_embeddings=True, eos_token_id=None, **size)
     if flags is not None:
         config.asentmax = flags
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.bfloat16).eval()
 
 
-def filled_cache(model: PreTrainedModel, context: int, new: int) -> StaticCache:
-    """A static cache that holds `context` random keys and values, and has room for `new` more."""
-    config = model.config
-    cache = StaticCache(config=config, max_cache_len=-(-(context + new) // 128) * 128)
-    head_dim = config.hidden_size // config.num_attention_heads
-    cache.early_initialization(1, config.num_key_value_heads, head_dim, model.dtype, model.device)
-    layers: list[Any] = list(cache.layers)
-    for layer in layers:
-        layer.keys[:, :, :context].normal_()
-        layer.values[:, :, :context].normal_()
-        layer.cumulative_length.fill_(context)
-    return cache
+class Stamps(LogitsProcessor):
+    """Reads the clock at every token, and lets the profiler look at a few of them; leaves the scores alone."""
+
+    def __init__(self, profiled: range = range(0)) -> None:
+        self.times: list[float] = []
+        self.profiler: torch.profiler.profile | None = None
+        self._profiled = profiled
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if not self.times and scores.is_cuda:
+            torch.cuda.synchronize()  # the prompt's end; later steps wait for the GPU by themselves
+        if len(self.times) == self._profiled.start < self._profiled.stop:
+            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            self.profiler.start()
+        if self.profiler is not None and len(self.times) == self._profiled.stop:
+            self.profiler.stop()
+        self.times.append(time.perf_counter())
+        return scores
 
 
-class Decoding:
-    """Greedy decoding of one model from a filled cache, step by step."""
+class Generation:
+    """Greedy generation from one prompt with one model."""
 
-    def __init__(self, model: PreTrainedModel, context: int, room: int, *, compiled: bool) -> None:
-        self.device = model.device
-        self._cache = filled_cache(model, context, room)
-        self._token = torch.ones(1, 1, dtype=torch.long, device=self.device)
-        model(self._token, past_key_values=self._cache, use_cache=True)  # uncompiled, as a prompt is
-        self._step = torch.compile(model, mode="reduce-overhead", fullgraph=True) if compiled else model
+    def __init__(self, model: PreTrainedModel, context: int, new: int) -> None:
+        self._model, self._new = model, new
+        self._prompt = torch.randint(
+            model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0)
+        ).to(model.device)
 
-    def step(self) -> None:
-        """One token, waited for, as `generate` does to see whether it has to stop."""
-        logits = self._step(self._token, past_key_values=self._cache, use_cache=True).logits
-        self._token = logits[:, -1].argmax(-1, keepdim=True)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def run(self, stamps: Stamps) -> float:
+        """All new tokens; seconds to the first one."""
+        start = time.perf_counter()
+        self._model.generate(
+            self._prompt,
+            attention_mask=torch.ones_like(self._prompt),
+            max_new_tokens=self._new,
+            do_sample=False,
+            cache_implementation="static",
+            logits_processor=LogitsProcessorList([stamps]),
+        )
+        return stamps.times[0] - start
 
-    def seconds(self, steps: int) -> list[float]:
-        """Wall clock seconds of each step."""
-        times = [time.perf_counter()]
-        for _ in range(steps):
-            self.step()
-            times.append(time.perf_counter())
-        return [end - begin for begin, end in itertools.pairwise(times)]
+    def seconds(self) -> tuple[float, float]:
+        """Seconds to the first token, and the median of those between the further ones."""
+        stamps = Stamps()
+        first = self.run(stamps)
+        return first, statistics.median(end - begin for begin, end in itertools.pairwise(stamps.times[SETTLING:]))
 
     def on_gpu(self, steps: int) -> dict[str, Any]:
-        """Medians over steps: from a step's first kernel to its last one's end, and the kernels' own times by name."""
-        if self.device.type != "cuda":
+        """What the GPU does in a step: the time that it works, and the kernels' own times by name."""
+        if self._model.device.type != "cuda":
             return {"gpu_ms": None, "kernels": []}
-        spans, busy = [], defaultdict(list)
-        for _ in range(steps):
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-                self.step()
-            kernels = [event for event in profiler.events() if event.device_type == DeviceType.CUDA]
-            ranges = [event.time_range for event in kernels]
-            spans.append(max(one.end for one in ranges) - min(one.start for one in ranges))
-            for event in kernels:
-                busy[event.name[:60]].append(event.time_range.elapsed_us())
-        totals = {name: (len(times) // steps, sum(times) / steps) for name, times in busy.items()}
+        stamps = Stamps(range(SETTLING, SETTLING + steps))
+        self.run(stamps)
+        assert stamps.profiler is not None
+        kernels = [event for event in stamps.profiler.events() if event.device_type == DeviceType.CUDA]
+        busy = defaultdict(list)
+        for event in kernels:
+            busy[event.name[:60]].append(event.time_range.elapsed_us())
+        totals = {name: (len(times) / steps, sum(times) / steps) for name, times in busy.items()}
         most = sorted(totals.items(), key=lambda item: -item[1][1])[:KERNELS]
+        worked = _worked_us([(event.time_range.start, event.time_range.end) for event in kernels])
         return {
-            "gpu_ms": round(1e-3 * statistics.median(spans), 4),
-            "kernels": [{"name": name, "calls": calls, "us": round(us, 1)} for name, (calls, us) in most],
+            "gpu_ms": round(1e-3 * worked / steps, 4),
+            "launches": round(len(kernels) / steps),
+            "kernels": [{"name": name, "calls": round(calls, 1), "us": round(us, 1)} for name, (calls, us) in most],
         }
+
+
+def _worked_us(spans: list[tuple[float, float]]) -> float:
+    """How long of the time some span covers, or a pause too short to be the host's."""
+    total, until = 0.0, None
+    for start, end in sorted(spans):
+        begin = start if until is None or start - until > PAUSE_US else until
+        total += max(0.0, end - begin)
+        until = end if until is None else max(until, end)
+    return total
 
 
 def compare(
     size: dict[str, Any], context: int, sharpen: float, device: str, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """All methods, a round each in turn, so that what else the host does meets all of them."""
-    room = 8 + ROUNDS * arguments.new + GPU_STEPS
     torch._dynamo.reset()
-    decodings: dict[str, Decoding] = {}
+    generations: dict[str, Generation] = {}
     for method, (implementation, flags) in METHODS.items():
-        model = build(implementation, flags, size, context + room)
+        model = build(implementation, flags, size, context + arguments.new)
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.mul_(sharpen)
         model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
-        decodings[method] = Decoding(model, context, room, compiled=arguments.compile and device == "cuda")
-        decodings[method].seconds(4)
-    rounds = [{name: decoding.seconds(arguments.new) for name, decoding in decodings.items()} for _ in range(ROUNDS)]
+        generations[method] = Generation(model, context, arguments.new)
+        generations[method].seconds()  # compiles
+    rounds = [{name: generation.seconds() for name, generation in generations.items()} for _ in range(ROUNDS)]
     reference, *_ = METHODS
     rows = []
-    for method, decoding in decodings.items():
-        medians = [statistics.median(seconds[method]) for seconds in rounds]
-        ratios = [statistics.median(seconds[reference]) / statistics.median(seconds[method]) for seconds in rounds]
+    for method, generation in generations.items():
+        prompts, steps = zip(*(seconds[method] for seconds in rounds), strict=True)
+        ratios = [seconds[reference][1] / seconds[method][1] for seconds in rounds]
         rows.append(
             {
                 "context": context,
                 "sharpen": sharpen,
                 "method": method,
-                "step_ms": round(1e3 * statistics.median(medians), 4),
-                "step_ms_rounds": [round(1e3 * median, 4) for median in medians],
-                "tokens_per_second": round(1 / statistics.median(medians), 1),
+                "prompt_ms": round(1e3 * statistics.median(prompts), 1),
+                "step_ms": round(1e3 * statistics.median(steps), 4),
+                "step_ms_rounds": [round(1e3 * step, 4) for step in steps],
+                "tokens_per_second": round(1 / statistics.median(steps), 1),
                 "times_faster_than_sdpa": round(statistics.median(ratios), 3),
                 "times_faster_rounds": [round(ratio, 3) for ratio in ratios],
-                **decoding.on_gpu(GPU_STEPS),
+                **generation.on_gpu(GPU_STEPS),
             }
         )
     return rows
@@ -169,16 +190,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--context", type=int, nargs="+", default=[32768])
-    parser.add_argument("--new", type=int, default=64, help=f"measured tokens in each of {ROUNDS} rounds")
+    parser.add_argument("--new", type=int, default=64, help=f"tokens in each of {ROUNDS} rounds")
     parser.add_argument("--sharpen", type=float, nargs="+", default=[16.0, 1.0], help="factors on query projections")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the script without a GPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no new case after so long")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("generate.json"))
     arguments = parser.parse_args()
+    if arguments.new < SETTLING + GPU_STEPS + 2:
+        parser.error(f"--new must be at least {SETTLING + GPU_STEPS + 2}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and not arguments.small:
-        parser.error("no CUDA GPU here; add --small --context 300 --new 4 to try the script (its times mean nothing)")
+        parser.error("no CUDA GPU here; add --small --context 300 --new 12 to try the script (its times mean nothing)")
     torch.set_float32_matmul_precision("high")
     started = time.perf_counter()
     header = results_header(torch.device(device), [0])

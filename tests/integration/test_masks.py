@@ -17,7 +17,7 @@ from transformers import (
 from transformers.masking_utils import sdpa_mask
 
 from hf_asentmax import entmax_attention
-from hf_asentmax.integration.masks import _first_keys
+from hf_asentmax.integration.masks import _first_keys, asentmax_mask
 
 from tiny_models import perturb_scalings, random_ids, tiny_model
 
@@ -148,6 +148,28 @@ def test_windows_and_packed_sequences_make_no_square_mask(
     assert torch.allclose(out, expected, atol=2e-6)
     windows = getattr(model.config, "sliding_window", None) is not None
     assert any(start is not None for start in starts) == (packed or windows)
+
+
+@pytest.mark.parametrize("padding", [None, "left", "longer", "shorter"])
+@pytest.mark.parametrize("offset", [0, 4, torch.tensor(4), torch.tensor([7])])
+def test_the_mask_of_a_static_cache_s_step_is_transformers_own(
+    padding: str | None, offset: int | torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made in fewer launches, and equal."""
+    length = {"left": 8, "longer": 11, "shorter": 5}.get(padding or "")
+    mask = None if length is None else torch.arange(length)[None] >= torch.tensor([[0], [3]])
+    arguments: dict[str, Any] = {
+        "batch_size": 2,
+        "q_length": 1,
+        "kv_length": 8,
+        "q_offset": offset,
+        "attention_mask": mask,
+        "allow_is_causal_skip": False,
+        "device": torch.device("cpu"),
+    }
+    expected = sdpa_mask(**arguments)
+    monkeypatch.delattr("hf_asentmax.integration.masks.sdpa_mask")
+    assert torch.equal(asentmax_mask(**arguments), expected)  # type: ignore[arg-type]
 
 
 def test_masks_of_other_kinds_stay_square() -> None:
