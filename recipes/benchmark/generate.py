@@ -60,13 +60,18 @@ METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
 }
 
 
-def build(implementation: str, flags: dict[str, Any] | None, size: dict[str, Any], length: int) -> PreTrainedModel:
+def build(
+    implementation: str, flags: dict[str, Any] | None, size: dict[str, Any], length: int, device: str = "cpu"
+) -> PreTrainedModel:
     """A Llama of a size, bfloat16."""
-    config = LlamaConfig(vocab_size=32_000, max_position_embeddings=length, tie_word_embeddings=True, eos_token_id=None, **size)
+    config = LlamaConfig(
+        vocab_size=32_000, max_position_embeddings=length, tie_word_embeddings=True, eos_token_id=None, **size
+    )
     if flags is not None:
         config.asentmax = flags
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.bfloat16).eval()
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.bfloat16).eval()
 
 
 class Stamps(LogitsProcessor):
@@ -81,7 +86,8 @@ class Stamps(LogitsProcessor):
         if not self.times and scores.is_cuda:
             torch.cuda.synchronize()  # the prompt's end; later steps wait for the GPU by themselves
         if len(self.times) == self._profiled.start < self._profiled.stop:
-            self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+            activities = [torch.profiler.ProfilerActivity.CUDA]
+            self.profiler = torch.profiler.profile(activities=activities, acc_events=True)
             self.profiler.start()
         if self.profiler is not None and len(self.times) == self._profiled.stop:
             self.profiler.stop()
@@ -101,7 +107,8 @@ class Generation:
     def run(self, stamps: Stamps) -> float:
         """All new tokens; seconds to the first one."""
         start = time.perf_counter()
-        self._model.generate(
+        generate: Any = self._model.generate
+        generate(
             self._prompt,
             attention_mask=torch.ones_like(self._prompt),
             max_new_tokens=self._new,
@@ -155,10 +162,9 @@ def compare(
     torch._dynamo.reset()
     generations: dict[str, Generation] = {}
     for method, (implementation, flags) in METHODS.items():
-        model = build(implementation, flags, size, context + arguments.new)
+        model = build(implementation, flags, size, context + arguments.new, device)
         for layer in model.model.layers:
             layer.self_attn.q_proj.weight.mul_(sharpen)
-        model.to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
         generations[method] = Generation(model, context, arguments.new)
         generations[method].seconds()  # compiles
     rounds = [{name: generation.seconds() for name, generation in generations.items()} for _ in range(ROUNDS)]

@@ -32,7 +32,7 @@ __all__ = ["Group", "grouped", "main", "markdown"]
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
 # Settings that say nothing about how a model came to be, or have a column of their own.
 _UNNAMED = {"method", "positions", "steps", "minutes", "log_every", "save_every", "plateau", "compile"}
-_UNNAMED |= {"validations", "validate_multiple", "validate_samples"}
+_UNNAMED |= {"validations", "validate_multiple", "validate_samples", "start_from"}
 _TRACKS = {"paper": "the paper's distribution", "own": "a distribution of our own"}
 
 
@@ -71,10 +71,18 @@ class Group:
         return 100 * exact / samples, 100 * low, 100 * high
 
 
-def _changed(run: dict[str, Any]) -> str:
-    """The settings that differ from their defaults."""
+def _in_all(run: dict[str, Any], what: str) -> float:
+    """A run's samples or seconds, with those of the runs whose weights it began with."""
+    return run[what] + (run.get("started_from") or {what: 0})[what]
+
+
+def _changed(run: dict[str, Any], task: str | None = None) -> str:
+    """The settings that differ from their defaults, of the runs that it began with first."""
+    task = task or run["task"]
     parts = []
-    for settings_class, values in ((RunSettings, run["settings"]), (TASKS[run["task"]], run["task_settings"])):
+    if run.get("started_from"):
+        parts.append(f"[{_changed(run['started_from'], task)}], then")
+    for settings_class, values in ((RunSettings, run["settings"]), (TASKS[task], run["task_settings"])):
         for item in fields(settings_class):
             value = values.get(item.name, item.default)
             if item.name not in _UNNAMED and value != item.default:
@@ -136,8 +144,8 @@ def _accuracy_table(task: str, members: list[Group]) -> str:
         cells = [
             f"**{group.name}**",
             str(len(runs)),
-            f"{fmean(run['samples'] for run in runs) / 1e6:.1f}",
-            f"{fmean(run['seconds'] for run in runs) / 60:.1f}",
+            f"{fmean(_in_all(run, 'samples') for run in runs) / 1e6:.1f}",
+            f"{fmean(_in_all(run, 'seconds') for run in runs) / 60:.1f}",
             runs[0]["header"]["device"]["name"],
         ]
         rows.append([*cells, *(_with_interval(group.pooled(multiple)) for multiple in multiples)])

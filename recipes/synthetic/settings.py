@@ -21,6 +21,9 @@ class RunSettings:
         "asentmax", "attention: softmax, ssmax, adaptive_temperature, topk, entmax, asentmax, stick_breaking"
     )
     positions: str = flag("nape", "rope, nope, alibi or nape (stick_breaking: rope or nope)")
+    start_from: str = flag(
+        "", "folder of a finished seed (run.json, model/) whose weights this run begins with, in place of random ones"
+    )
     qk_norm: bool = flag(False, "queries and keys of one length each, with a learned factor a channel: Qwen3's layers")
     steps: int = flag(20_000, "updates, 0 for no limit")
     minutes: float = flag(0.0, "training time of each seed, 0 for no limit; compilation and validation don't count")

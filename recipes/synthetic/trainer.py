@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import sys
 import time
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 import hf_asentmax
 from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
-from recipes.synthetic.models import build_model, outputs_at
+from recipes.synthetic.models import build_model, load_model, outputs_at
 from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, hardest
 from recipes.synthetic.score_sizes import limit_logits, limit_scores, score_sizes
 from recipes.synthetic.settings import RunSettings
@@ -26,6 +27,7 @@ from recipes.synthetic.tasks import Batch, Task
 __all__ = ["Trainer", "learning_rate"]
 
 NOISE_STEP = 1.005  # by which key noise grows or shrinks in an update: twice as much after 140
+_FURTHER_DATA = 1_000_003  # added to the seed of a run that begins with another's weights: other samples than those
 LIMIT_EVERY, LIMIT_SAMPLES = 20, 64  # updates between two looks at the scores' size, and the samples of each
 
 
@@ -59,6 +61,7 @@ class Trainer:
         )
         self.model.to(device)  # type: ignore[arg-type]
         _start_projections(self.model, settings)
+        self.earlier = _start_from(self.model, task, settings.start_from) if settings.start_from else None
         if settings.bf16_weights:
             self.model.to(torch.bfloat16)  # type: ignore[arg-type]
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.average > 0 else None
@@ -81,8 +84,9 @@ class Trainer:
             fused=device.type == "cuda",
         )
         # One source for the data and what is done to it, on the device; one for shapes, on the host.
-        self.data = torch.Generator(device).manual_seed(seed + 1)
-        self.shapes = torch.Generator().manual_seed(seed + 1)
+        source = seed + 1 + (_FURTHER_DATA if self.earlier is not None else 0)
+        self.data = torch.Generator(device).manual_seed(source)
+        self.shapes = torch.Generator().manual_seed(source)
         self.step, self.seconds, self.tokens = 0, 0.0, 0
         self.loss_sum = torch.zeros((), device=device)
         self.noise_times = torch.ones((), device=device)  # of --key-noise, where --key-noise-loss steers it
@@ -170,7 +174,7 @@ class Trainer:
         rate = self.step / self.seconds if self.seconds > 0 else 0.0
         return {
             "task": self.task.name,
-            "track": self.task.track,
+            "track": self.task.track if self.earlier is None or self.earlier["track"] == "paper" else "own",
             "seed": self.seed,
             "task_settings": asdict(self.task),
             "settings": asdict(self.settings),
@@ -179,6 +183,7 @@ class Trainer:
             "seconds": round(self.seconds, 1),
             "samples_per_second": round(rate * self.settings.batch, 1),
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds > 0 else 0.0,
+            "started_from": self.earlier,
             "left_plateau": self.left_plateau,
             "given_up": self.given_up,
             "kept_step": self.kept_step,
@@ -339,6 +344,40 @@ _COUNTERS = ("step", "seconds", "tokens", "loss_sum", "noise_times", "log", "val
 def _error(result: dict[str, Any]) -> float:
     """What validation minimises: the query-error law's e where there is one, else the share of wrong tokens."""
     return result["e"] if "e" in result else 1 - result["token_accuracy"]
+
+
+def _start_from(model: PreTrainedModel, task: Task, folder: str) -> dict[str, Any]:
+    """Gives the model the weights of a finished run; what is to be said of that run, with all that came before it.
+
+    Raises:
+        FileNotFoundError: no finished run is there.
+        ValueError: it has another task or a model of another kind.
+    """
+    run_file, weights = Path(folder) / "run.json", Path(folder) / "model"
+    if not run_file.exists() or not weights.exists():
+        raise FileNotFoundError(
+            f"start-from takes the folder of a finished seed, with run.json and model/; {folder} has not both"
+        )
+    run = json.loads(run_file.read_text())
+    if run["task"] != task.name:
+        raise ValueError(f"start-from: {folder} was trained on {run['task']}, this run is to learn {task.name}")
+    found = load_model(weights).state_dict()
+    own = {name: value.shape for name, value in model.state_dict().items()}
+    if own != {name: value.shape for name, value in found.items()}:
+        raise ValueError(
+            f"start-from: the model in {folder} has other weights than method, positions and sizes ask for"
+        )
+    model.load_state_dict(found)
+    earlier = run.get("started_from") or {"samples": 0, "seconds": 0.0}
+    return {
+        "track": run["track"],
+        "samples": run["samples"] + earlier["samples"],
+        "seconds": run["seconds"] + earlier["seconds"],
+        "seed": run["seed"],
+        "task_settings": run["task_settings"],
+        "settings": run["settings"],
+        "started_from": run.get("started_from"),
+    }
 
 
 def _start_projections(model: nn.Module, settings: RunSettings) -> None:

@@ -542,6 +542,34 @@ def test_train_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert (results / "mqmtar-paper.png").stat().st_size > 1000 and (results / "mqmtar-own.png").exists()
 
 
+def test_a_run_begins_with_another_s_weights(tmp_path: Path) -> None:
+    """And says so, and counts what that one took; a table's track stays that of both."""
+    task = small("mqmtar")
+    first = trained(tmp_path / "first", replace(task, near_misses=0.5), RunSettings(steps=2, batch=8))
+    start = tmp_path / "first" / "seed3"
+    (start / "run.json").write_text(json.dumps(first.summary()))
+    settings = RunSettings(steps=1, batch=8, start_from=str(start))
+    second = Trainer(task, settings, 0, tmp_path / "second", CPU)
+    for name, value in second.model.state_dict().items():
+        assert torch.equal(value, first.model.state_dict()[name])
+    plain = Trainer(task, RunSettings(steps=1), 0, tmp_path, CPU)
+    assert not torch.equal(second.data.get_state(), plain.data.get_state())
+    second.run()
+    summary = second.summary()
+    assert summary["track"] == "own" and summary["samples"] == 8 and summary["started_from"]["samples"] == 16
+    entry = {"multiple": 1, "samples": 4, "exact_match": 0.5, "e": 0.1, "queries": 4, "queries_wrong": 2, "pairs": 8}
+    result = {"run": {**summary, "header": {"device": {"name": "CPU"}}}, "lengths": [entry]}
+    (group,) = report.grouped([result])
+    assert group.name.index("near misses 0.5") < group.name.index("], then")
+    assert "0.0" in report.markdown([group])
+    with pytest.raises(FileNotFoundError, match="start-from takes the folder of a finished seed"):
+        Trainer(task, replace(settings, start_from=str(tmp_path)), 0, tmp_path / "third", CPU)
+    with pytest.raises(ValueError, match="was trained on mqmtar, this run is to learn copy"):
+        Trainer(small("copy"), settings, 0, tmp_path / "third", CPU)
+    with pytest.raises(ValueError, match="has other weights"):
+        Trainer(replace(task, hidden=32), settings, 0, tmp_path / "third", CPU)
+
+
 def test_stop_after_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["--task", "sort", "--device", "cpu", "--out", str(tmp_path), "--steps", "2", "--batch", "2", *SIZE_FLAGS]
     train.main([*command, "--stop-after", "0"])
