@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -104,6 +105,11 @@ class Generation:
             model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0)
         ).to(model.device)
 
+    def sharpen(self, factor: float) -> None:
+        """Multiplies the query projections, in place: what is compiled stays."""
+        for layer in self._model.model.layers:
+            layer.self_attn.q_proj.weight.mul_(factor)
+
     def run(self, stamps: Stamps) -> float:
         """All new tokens; seconds to the first one."""
         start = time.perf_counter()
@@ -155,18 +161,18 @@ def _worked_us(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def compare(
-    size: dict[str, Any], context: int, sharpen: float, device: str, arguments: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """All methods, a round each in turn, so that what else the host does meets all of them."""
+def prepare(size: dict[str, Any], context: int, new: int, device: str) -> dict[str, Generation]:
+    """Every method's model, its decoding compiled."""
     torch._dynamo.reset()
-    generations: dict[str, Generation] = {}
-    for method, (implementation, flags) in METHODS.items():
-        model = build(implementation, flags, size, context + arguments.new, device)
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.mul_(sharpen)
-        generations[method] = Generation(model, context, arguments.new)
-        generations[method].seconds()  # compiles
+    generations = {}
+    for method, (implementation, flags) in tqdm(METHODS.items(), desc="compiling", unit="model", leave=False):
+        generations[method] = Generation(build(implementation, flags, size, context + new, device), context, new)
+        generations[method].seconds()
+    return generations
+
+
+def compare(generations: dict[str, Generation]) -> list[dict[str, Any]]:
+    """All methods, a round each in turn, so that what else the host does meets all of them."""
     rounds = [{name: generation.seconds() for name, generation in generations.items()} for _ in range(ROUNDS)]
     reference, *_ = METHODS
     rows = []
@@ -175,8 +181,6 @@ def compare(
         ratios = [seconds[reference][1] / seconds[method][1] for seconds in rounds]
         rows.append(
             {
-                "context": context,
-                "sharpen": sharpen,
                 "method": method,
                 "prompt_ms": round(1e3 * statistics.median(prompts), 1),
                 "step_ms": round(1e3 * statistics.median(steps), 4),
@@ -211,17 +215,26 @@ def main() -> None:
     started = time.perf_counter()
     header = results_header(torch.device(device), [0])
     rows: list[dict[str, Any]] = []
-    for name, context, sharpen in itertools.product(arguments.sizes, arguments.context, arguments.sharpen):
-        if time.perf_counter() - started > arguments.seconds:
-            print("out of time")
-            return
-        size = SMALL if arguments.small else SIZES[name]
-        for row in compare(size, context, sharpen, device, arguments):
-            rows.append({"size": name, **row})
-            print({name: value for name, value in rows[-1].items() if name != "kernels"}, flush=True)
-            for kernel in row["kernels"]:
-                print("   {us:8.1f} us in {calls:3} calls: {name}".format(**kernel), flush=True)
-        write_json(arguments.output, {**header, "rows": rows})
+    for name, context in itertools.product(arguments.sizes, arguments.context):
+        generations: dict[str, Generation] = {}
+        before = 1.0
+        for sharpen in arguments.sharpen:
+            if time.perf_counter() - started > arguments.seconds:
+                print("out of time")
+                return
+            generations = generations or prepare(
+                SMALL if arguments.small else SIZES[name], context, arguments.new, device
+            )
+            for generation in generations.values():
+                generation.sharpen(sharpen / before)
+            before = sharpen
+            for row in compare(generations):
+                rows.append({"size": name, "context": context, "sharpen": sharpen, **row})
+                print({name: value for name, value in rows[-1].items() if name != "kernels"}, flush=True)
+                for kernel in row["kernels"]:
+                    print("   {us:8.1f} us in {calls:3} calls: {name}".format(**kernel), flush=True)
+            write_json(arguments.output, {**header, "rows": rows})
+        generations.clear()
         if device == "cuda":
             torch.cuda.empty_cache()
 
