@@ -42,8 +42,10 @@ def score_sizes(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 @torch.no_grad()
-def limit_scores(model: PreTrainedModel, sizes: torch.Tensor, limit: float) -> None:
+def limit_scores(model: PreTrainedModel, sizes: torch.Tensor, limit: float, alibi_heads: int = 0) -> None:
     """Scale down the query and key projections of heads whose `sizes` exceed the limit, each by the square root.
+
+    The first `alibi_heads` stay as they are: their scores are measured against their slopes.
 
     QK-Clip (Kimi K2, 2025), here by the scores' size in place of their maximum. It changes weights, not the model: what
     is tested is what was trained. Without it lookup scores grow to hundreds and thousands, where entmax is an argmax:
@@ -51,7 +53,9 @@ def limit_scores(model: PreTrainedModel, sizes: torch.Tensor, limit: float) -> N
     """
     head_dim = model.config.head_dim
     for layer, of_layer in zip(model.model.layers, sizes, strict=True):
-        factor = (limit / of_layer).clamp(max=1.0).sqrt().repeat_interleave(head_dim)[:, None]
+        factor = (limit / of_layer).clamp(max=1.0).sqrt()
+        factor[:alibi_heads] = 1.0
+        factor = factor.repeat_interleave(head_dim)[:, None]
         for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
             projection.weight.mul_(factor)
 

@@ -40,7 +40,9 @@ class RunSettings:
     jitter: float = flag(1.0, "scores of heads without ALiBi times a factor in [jitter, 1] per sample in training")
     jitter_law: str = flag("uniform", "law of jitter's factor: uniform, or log: its logarithm is uniform")
     score_limit: float = flag(
-        0.0, "scale down the query and key projections of a head while its scores' size exceeds this; 0 for no limit"
+        0.0,
+        "scale down the query and key projections of a head without ALiBi while its scores' size exceeds this; "
+        "0 for no limit",
     )
     logit_limit: float = flag(
         0.0, "scale down the output layer while its largest logits exceed their mean by more than this; 0 for no limit"

@@ -65,7 +65,7 @@ class Trainer:
         if settings.bf16_weights:
             self.model.to(torch.bfloat16)  # type: ignore[arg-type]
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.average > 0 else None
-        alibi_heads = {"nape": task.heads // 2, "alibi": task.heads}.get(settings.positions, 0)
+        self._alibi_heads = alibi_heads = {"nape": task.heads // 2, "alibi": task.heads}.get(settings.positions, 0)
         self.jitter = ScoreJitter(
             self.model,
             settings.jitter,
@@ -226,7 +226,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if settings.score_limit > 0 and self.step % LIMIT_EVERY == 0:
             sizes = score_sizes(self.model, batch.select(slice(0, LIMIT_SAMPLES)))
-            limit_scores(self.model, sizes, settings.score_limit)
+            limit_scores(self.model, sizes, settings.score_limit, self._alibi_heads)
         if settings.logit_limit > 0 and self.step % LIMIT_EVERY == 0:
             limit_logits(self.model, batch.select(slice(0, LIMIT_SAMPLES)), settings.logit_limit)
         self._move_average()
