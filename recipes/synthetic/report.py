@@ -27,7 +27,7 @@ from recipes.synthetic.measuring import wilson_interval
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import TASKS
 
-__all__ = ["Group", "grouped", "main", "markdown"]
+__all__ = ["Group", "grouped", "in_all", "main", "markdown"]
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
 # Settings that say nothing about how a model came to be, or have a column of their own.
@@ -71,7 +71,7 @@ class Group:
         return 100 * exact / samples, 100 * low, 100 * high
 
 
-def _in_all(run: dict[str, Any], what: str) -> float:
+def in_all(run: dict[str, Any], what: str) -> float:
     """A run's samples or seconds, with those of the runs whose weights it began with."""
     return run[what] + (run.get("started_from") or {what: 0})[what]
 
@@ -144,8 +144,8 @@ def _accuracy_table(task: str, members: list[Group]) -> str:
         cells = [
             f"**{group.name}**",
             str(len(runs)),
-            f"{fmean(_in_all(run, 'samples') for run in runs) / 1e6:.1f}",
-            f"{fmean(_in_all(run, 'seconds') for run in runs) / 60:.1f}",
+            f"{fmean(in_all(run, 'samples') for run in runs) / 1e6:.1f}",
+            f"{fmean(in_all(run, 'seconds') for run in runs) / 60:.1f}",
             runs[0]["header"]["device"]["name"],
         ]
         rows.append([*cells, *(_with_interval(group.pooled(multiple)) for multiple in multiples)])

@@ -64,6 +64,9 @@ class RunSettings:
         0,
         "updates over which jitter, drops and key noise come in once the plateau is left; 0: on from the start",
     )
+    replay: float = flag(
+        0.0, "share of a batch, once the plateau is left, of samples seen before: the hardest kept, by their last loss"
+    )
     hard_candidates: int = flag(1, "train on the hardest `batch` of this many times as many samples, by their loss")
     hard_from: float = flag(0.5, "part of the run after which the hardest are chosen")
     alpha: float | None = flag(None, "entmax's alpha, in place of the method's")

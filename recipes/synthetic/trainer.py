@@ -20,9 +20,10 @@ import hf_asentmax
 from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
 from recipes.synthetic.models import build_model, load_model, outputs_at
 from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, hardest
+from recipes.synthetic.replay import HardReplay
 from recipes.synthetic.score_sizes import limit_logits, limit_scores, score_sizes
 from recipes.synthetic.settings import RunSettings
-from recipes.synthetic.tasks import Batch, Task
+from recipes.synthetic.tasks import IGNORED, Batch, Task
 
 __all__ = ["Trainer", "learning_rate"]
 
@@ -76,6 +77,7 @@ class Trainer:
             settings.jitter_law == "log",
         )
         self.heads = HeadDrop(self.model, settings.head_drop, alibi_heads)
+        self.replay = HardReplay(settings.replay)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(
             hf_asentmax.parameter_groups(self.model, settings.weight_decay),
@@ -217,7 +219,10 @@ class Trainer:
         batch = self._next_batch(progress)
         self.jitter.draw(len(batch), batch.inputs.shape[1], self.data, self._eased_in(), self.noise_times)
         self.heads.draw(len(batch), self.data, self._eased_in())
-        loss = self._losses(batch, "mean")
+        losses = self._losses(batch)
+        loss = losses.sum() / (batch.labels != IGNORED).sum()
+        if settings.replay > 0 and self.left_plateau is not None:
+            self.replay.update(losses.detach().sum(dim=1))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.task.lr, self.step, progress, settings)
         loss.backward()
@@ -255,20 +260,23 @@ class Trainer:
         size = settings.batch * (settings.hard_candidates if choosing else 1)
         batch = self.task.training_batch(size, self.data, self.shapes, progress)
         self.tokens += settings.batch * batch.inputs.shape[1]
+        lengths = f"{batch.inputs.shape[1]} {batch.labels.shape[1]}"
         if settings.compile:
             batch = batch.padded(*self.task.padded_shape())
         if choosing:
             self.jitter.lowest(settings.batch, self.device)
             self.heads.draw(settings.batch, self.data, 0.0)
-            batch = hardest(batch, settings.batch, lambda part: self._losses(part, "none").sum(dim=1))
+            batch = hardest(batch, settings.batch, lambda part: self._losses(part).sum(dim=1))
+        if settings.replay > 0 and self.left_plateau is not None:
+            batch = self.replay.mix(batch, lengths)
         strength = self._eased_in() if settings.ease_corrupt else 1.0
         return corrupted_answers(batch, self.task, strength * settings.corrupt, self.data)
 
-    def _losses(self, batch: Batch, reduction: str) -> torch.Tensor:
-        """The mean loss of all targets, or (batch, targets) losses."""
+    def _losses(self, batch: Batch) -> torch.Tensor:
+        """(batch, targets) losses, 0 where the label is IGNORED."""
         with autocast(self.device):
             logits = outputs_at(self.forward, batch)
-        return nn.functional.cross_entropy(logits.float().transpose(1, 2), batch.labels, reduction=reduction)
+        return nn.functional.cross_entropy(logits.float().transpose(1, 2), batch.labels, reduction="none")
 
     def _write_log(self, bar: tqdm[Any]) -> None:
         loss = float(self.loss_sum) / self.settings.log_every
@@ -308,6 +316,7 @@ class Trainer:
             "averaged": None if self.averaged is None else self.averaged.state_dict(),
             "data": self.data.get_state(),
             "shapes": self.shapes.get_state(),
+            "replay": self.replay.state(),
             **{name: getattr(self, name) for name in _COUNTERS},
             **self._identity(),
         }
@@ -328,6 +337,7 @@ class Trainer:
             self.averaged.load_state_dict(state["averaged"])
         self.data.set_state(state["data"])
         self.shapes.set_state(state["shapes"])
+        self.replay.restore(state["replay"], self.device)
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self.loss_sum, self.noise_times = self.loss_sum.to(self.device), self.noise_times.to(self.device)

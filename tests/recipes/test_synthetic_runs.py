@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from recipes.synthetic import evaluate, lookup, measuring, report, train
+from recipes.synthetic import evaluate, lookup, margins, measuring, report, train
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
 from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, hardest
+from recipes.synthetic.replay import HardReplay
 from recipes.synthetic.score_sizes import limit_logits, limit_scores, score_sizes
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.stick_breaking import stick_breaking_attention
@@ -33,6 +34,45 @@ def positions_for(method: str) -> str:
 def small(name: str) -> Task:
     sizes = {"hidden": 16, "ffn": 16} if name == "max_retrieval" else SIZES
     return TASKS[name](**sizes)  # type: ignore[arg-type]
+
+
+def test_likenesses_part_the_other_words() -> None:
+    words = torch.randint(3, 8, (40, 2), generator=torch.Generator().manual_seed(0))
+    kinds = margins.likenesses(words, words)
+    equal = (words[:, None] == words[None]).all(dim=-1)
+    assert torch.equal(sum(kinds.values()) + equal.long(), torch.ones_like(equal, dtype=torch.int64))
+    one = {
+        name: bool(kind) for name, kind in margins.likenesses(torch.tensor([[3, 4]]), torch.tensor([[4, 3]])).items()
+    }
+    assert one == {"swapped": True, "first": False, "second": False, "crossed": False, "far": False}
+
+
+def test_lookups_find_the_heads_that_match_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four heads the first two have ALiBi, the third compares both letters in order, the fourth without order."""
+    task = replace(SMALL, head_dim=2 * SMALL.vocabulary)
+
+    def scores(model: nn.Module, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        letters = nn.functional.one_hot(batch.inputs, task.vocabulary).double()
+        before = letters.roll(1, dims=1)
+        in_order = torch.cat([before, letters], dim=-1)
+        either = torch.cat([before + 1.01 * letters, 0 * letters], dim=-1)
+        reverse = torch.cat([before * 1.01 + letters, 0 * letters], dim=-1)
+        none = torch.zeros_like(in_order)
+        return [(torch.stack([none, none, in_order, reverse], 1), torch.stack([none, none, in_order, either], 1))]
+
+    monkeypatch.setattr(margins, "_scores", scores)
+    model = build_model(SMALL, "asentmax", "nape").eval()
+    rows = [row for row in margins.lookups(model, task, 200) if row["place"] == "query's second letter"]
+    assert [(row["head"], row["offset"]) for row in rows] == [(2, 1), (3, 1)]
+    assert rows[0]["swapped"] == rows[0]["first"] == rows[0]["crossed"] == rows[0]["far"] == 0 and rows[0]["score"] == 2
+    assert rows[1]["swapped"] == 1.0 and rows[1]["far"] < 0.1
+    assert rows[0]["swapped_keys"] < 1 and rows[0]["far_keys"] > 8000
+    run = tmp_path / "run"
+    model.save_pretrained(run / "model")
+    summary = {"task": "mqmtar", "task_settings": asdict(task)}
+    (run / "run.json").write_text(json.dumps(summary))
+    margins.main([str(run), "--samples", "50", "--output", str(tmp_path / "margins.json")])
+    assert json.loads((tmp_path / "margins.json").read_text())["models"][0]["heads"]
 
 
 # --- models and measuring
@@ -375,6 +415,30 @@ def test_hardest_keeps_the_largest_losses() -> None:
     assert sorted(kept.tolist()) == sorted(losses(batch).tolist())[-4:]
 
 
+def test_hard_samples_come_again_until_they_are_no_longer_hard() -> None:
+    def batch(first: int) -> Batch:
+        tokens = torch.arange(first, first + 8)[:, None].expand(8, 3)
+        return Batch(tokens, torch.tensor([2]), tokens[:, :1], torch.tensor([1]))
+
+    replay = HardReplay(0.25)
+    assert replay.mix(batch(0), "3 1").inputs[:, 0].tolist() == list(range(8))
+    losses = torch.arange(8.0)
+    losses[2] = 100.0
+    replay.update(losses)
+    other = replay.mix(batch(10), "4 1")  # of other lengths: nothing is kept yet
+    assert other.inputs[:, 0].tolist() == list(range(10, 18))
+    mixed = replay.mix(batch(20), "3 1")
+    assert mixed.inputs[:, 0].tolist() == [20, 21, 22, 23, 24, 25, 2, 7] and mixed.labels[6, 0] == 2
+    replay.update(torch.tensor([0, 0, 0, 0, 0, 0, 50.0, 0.0]))  # the second is solved
+    assert replay.mix(batch(30), "3 1").inputs[6:, 0].tolist() == [2, 6]
+    again = HardReplay(0.25)
+    again.restore(replay.state(), CPU)
+    assert torch.equal(again.mix(batch(30), "3 1").inputs, replay.mix(batch(30), "3 1").inputs)
+    assert HardReplay(0.0).mix(batch(0), "3 1").inputs is not None
+    with pytest.raises(ValueError, match="replay's share of a batch must be at least 0 and below 1"):
+        HardReplay(1.0)
+
+
 def test_learning_rate() -> None:
     linear = RunSettings(warmup=10, decay=0.5)
     assert learning_rate(1.0, 4, 0.0, linear) == 0.5 and learning_rate(1.0, 99, 0.5, linear) == 1.0
@@ -408,7 +472,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
         steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, jitter_law="log", channel_drop=0.1, head_drop=0.5,
         key_noise=0.1, key_noise_loss=1e9, hard_candidates=2,
         ease_in=3, plateau=1e9, warmup=3, validations=2, validate_multiple=1, validate_samples=4,
-        alpha_start=1.1, alpha_until=0.6, ease_corrupt=True, average=0.5,
+        alpha_start=1.1, alpha_until=0.6, ease_corrupt=True, average=0.5, replay=0.25,
     )  # fmt: skip
     straight, resumed = trained(tmp_path / "a", task, settings), trained(tmp_path / "b", task, settings, stops=True)
     assert len(straight.log) == 3 and len(straight.validations) == 2

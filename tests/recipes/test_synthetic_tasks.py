@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from recipes.synthetic.tasks import IGNORED, TASKS, Batch, Mqmtar, Task
+from recipes.synthetic.tasks.mqmtar import swapped
 from recipes.synthetic.tasks.words import WordPool, distinct_integers, has_repeats
 
 LENGTHS = (32, 37, 64, 1000, 4096, 65_536)
@@ -204,6 +205,22 @@ def test_training_and_test_words_differ() -> None:
     test = task.test_batch(64, 64, torch.Generator().manual_seed(0))
     keys = [set().union(*(parsed_mqmtar(task, row)[0] for row in batch.inputs.tolist())) for batch in (train, test)]
     assert len(keys[0]) <= 50 and len(keys[1]) <= 50 and len(keys[0] & keys[1]) < 5
+
+
+def test_mqmtar_swapped_keys() -> None:
+    """Distinct, in the share asked for, and answered by their own values."""
+    task = Mqmtar(swapped=0.5)
+    batch = task.training_batch(400, torch.Generator().manual_seed(0), torch.Generator(), 0.0)
+    marker = (batch.inputs == Mqmtar.KEY_VALUE).nonzero()[:, 1].view(400, -1)
+    keys = torch.stack([batch.inputs.gather(1, marker - 2), batch.inputs.gather(1, marker - 1)], dim=-1)
+    half = keys.shape[1] // 2
+    swaps = (keys[:, :half].flip(-1) == keys[:, half : 2 * half]).all(dim=(1, 2))
+    assert 0.4 < float(swaps.float().mean()) < 0.6
+    assert not has_repeats(keys[..., 0] * 1000 + keys[..., 1]).any()
+    same = torch.tensor([[[3, 3], [4, 5], [6, 7], [8, 9]]])  # a letter twice is its own swap
+    assert torch.equal(swapped(same, 1.0, torch.Generator()), same)
+    with pytest.raises(ValueError, match="swapped must be from 0 to 1"):
+        Mqmtar(swapped=2.0)
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -1,0 +1,88 @@
+"""Hard samples are seen again: of what a run has drawn, those that it still gets wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from recipes.synthetic.tasks import Batch
+
+__all__ = ["HardReplay"]
+
+CAPACITY = 512  # samples kept of each length
+TAKEN = 32  # of each batch, its hardest, that may be kept
+
+
+class HardReplay:
+    """Keeps the samples of largest loss, and puts them into later batches of the same length.
+
+    Where eight keys are drawn of 65,536, the keys that a model confuses (two letters swapped, say) meet in one sample
+    of thousands: its loss is large, and gone with the next update. Kept, such a sample comes back until its loss is no
+    longer among the largest. That changes how often a drawn sample is seen, not how samples are drawn. What is kept is
+    judged by its last loss, so one that was hard by chance (corrupted, its heads left out) makes way.
+
+    Args:
+        share: of a batch that is replaced by samples seen before.
+    """
+
+    def __init__(self, share: float) -> None:
+        if not 0 <= share < 1:
+            raise ValueError(f"replay's share of a batch must be at least 0 and below 1, got {share}")
+        self.share = share
+        self._kept: dict[str, dict[str, torch.Tensor]] = {}
+        self._key = ""
+        self._mixed: Batch | None = None
+        self._chosen = torch.empty(0, dtype=torch.int64)
+
+    def mix(self, batch: Batch, key: str) -> Batch:
+        """The batch with its last samples replaced by the hardest kept ones of `key`, which names equal lengths."""
+        self._key, self._mixed = key, batch
+        count = min(int(self.share * len(batch)), CAPACITY)
+        self._chosen = torch.empty(0, dtype=torch.int64, device=batch.labels.device)
+        if key not in self._kept or count == 0:
+            return batch
+        kept = self._kept[key]
+        self._chosen = kept["losses"].topk(count).indices
+        there = kept["losses"][self._chosen] >= 0
+        fresh = slice(len(batch) - count, None)
+        inputs, labels = batch.inputs.clone(), batch.labels.clone()
+        for whole, name in ((inputs, "inputs"), (labels, "labels")):
+            old = kept[name][self._chosen].to(whole.dtype)
+            whole[fresh] = torch.where(there.view(-1, *[1] * (whole.ndim - 1)), old, whole[fresh])
+        self._mixed = Batch(inputs, batch.scored_at, labels, batch.answer_letters)
+        return self._mixed
+
+    @torch.no_grad()
+    def update(self, losses: torch.Tensor) -> None:
+        """(batch,) losses of what `mix` gave last."""
+        batch = self._mixed
+        if batch is None or self.share == 0:
+            return
+        kept = self._kept.get(self._key)
+        if kept is None:
+            kept = {
+                "inputs": batch.inputs.new_zeros((CAPACITY, *batch.inputs.shape[1:])),
+                "labels": batch.labels.new_zeros((CAPACITY, *batch.labels.shape[1:])),
+                "losses": losses.new_full((CAPACITY,), -1.0),
+            }
+        again = len(self._chosen)
+        fresh = len(batch) - again
+        known = kept["losses"].clone()
+        if again:
+            known[self._chosen] = torch.where(known[self._chosen] >= 0, losses[fresh:], known[self._chosen])
+        hardest = losses[:fresh].topk(min(TAKEN, fresh))
+        best = torch.cat([known, hardest.values]).topk(CAPACITY)
+        self._kept[self._key] = {
+            "inputs": torch.cat([kept["inputs"], batch.inputs[hardest.indices]])[best.indices],
+            "labels": torch.cat([kept["labels"], batch.labels[hardest.indices]])[best.indices],
+            "losses": best.values,
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return self._kept
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """Take over a `state`."""
+        self._kept = {key: {name: value.to(device) for name, value in kept.items()} for key, kept in state.items()}
