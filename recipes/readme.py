@@ -239,9 +239,9 @@ def synthetic(content: dict[str, Any]) -> str:
             f"({in_all(run, 'samples') / 1e6:.1f}M samples, {in_all(run, 'seconds') / 60:.1f} minutes of one GPU), "
             "exact match in %:",
             markdown_table(["", *(f"{64 * multiple:,} ({multiple}x)" for multiple in shown)], rows),
-            f"Ours: one seed, {last['samples']} samples at {last['multiple']}x, 95% interval {low} to {high}; trained on "
-            "data with near misses among keys and values, which the published rows (the paper's, best of 3 seeds, and an "
-            "independent group's) were not; no other attention was trained on it yet. Tables, "
+            f"Ours: one seed, {last['samples']} samples at {last['multiple']}x, 95% interval {low} to {high}; trained "
+            "on data with near misses among keys and values, which the published rows (the paper's, best of 3 seeds, "
+            "and an independent group's) were not; no other attention was trained on it yet. Tables, "
             "figures and what else was tried: [recipes/synthetic](recipes/synthetic/README.md).",
             origin(content["evaluation"]),
         ]

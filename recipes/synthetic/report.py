@@ -32,7 +32,7 @@ __all__ = ["Group", "grouped", "in_all", "main", "markdown"]
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
 # Settings that say nothing about how a model came to be, or have a column of their own.
 _UNNAMED = {"method", "positions", "steps", "minutes", "log_every", "save_every", "plateau", "compile"}
-_UNNAMED |= {"validations", "validate_multiple", "validate_samples", "start_from"}
+_UNNAMED |= {"validations", "validate_multiple", "validate_samples", "start_from", "give_up"}
 _TRACKS = {"paper": "the paper's distribution", "own": "a distribution of our own"}
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -633,6 +638,32 @@ def test_a_run_begins_with_another_s_weights(tmp_path: Path) -> None:
         Trainer(small("copy"), settings, 0, tmp_path / "third", CPU)
     with pytest.raises(ValueError, match="has other weights"):
         Trainer(replace(task, hidden=32), settings, 0, tmp_path / "third", CPU)
+
+
+@pytest.mark.parametrize("distribution", ["own", "paper"])
+def test_mqmtar_in_two_runs(distribution: str, tmp_path: Path) -> None:
+    """mqmtar.sh from its first run to its test, in seconds."""
+    flags = " ".join([*SIZE_FLAGS, "--no-compile --minutes 0.01 --batch 8 --validate-samples 4 --validate-multiple 1"])
+    results = tmp_path / "results"
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OUT": str(tmp_path / "runs"),
+        "FLAGS": f"{flags} --plateau 100 --log-every 1",
+        "EVALUATE_FLAGS": f"--multiples 1 --samples 4 --results {results}",
+    }
+    script = Path(train.__file__).with_name("mqmtar.sh")
+    root = script.parents[2]
+    run: Any = partial(subprocess.run, cwd=root, env=environment, capture_output=True, text=True)
+    done = run(["bash", script, distribution, "0"])
+    assert done.returncode == 0, done.stderr
+    result = json.loads((results / f"mqmtar-asentmax-nape-{distribution}-seed0.json").read_text())
+    assert result["run"]["track"] == distribution and result["run"]["started_from"]["samples"] > 0
+    assert result["run"]["settings"]["head_drop"] == 0.75
+    shown = run(["bash", script, "--help"]).stdout
+    assert shown.startswith("MQMTAR in two runs") and "MORE_MINUTES" in shown and "set -" not in shown
+    refused = run(["bash", script, "mine"])
+    assert refused.returncode == 2 and "expected own or paper, got mine" in refused.stderr
 
 
 def test_stop_after_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
