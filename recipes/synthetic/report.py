@@ -27,13 +27,13 @@ from recipes.synthetic.measuring import wilson_interval
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import TASKS
 
-__all__ = ["Group", "grouped", "in_all", "main", "markdown"]
+__all__ = ["TRACKS", "Group", "grouped", "in_all", "main", "markdown", "tables"]
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
 # Settings that say nothing about how a model came to be, or have a column of their own.
 _UNNAMED = {"method", "positions", "steps", "minutes", "log_every", "save_every", "plateau", "compile"}
 _UNNAMED |= {"validations", "validate_multiple", "validate_samples", "start_from", "give_up"}
-_TRACKS = {"paper": "the paper's distribution", "own": "a distribution of our own"}
+TRACKS = {"paper": "the paper's distribution", "own": "a distribution of our own"}
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def grouped(results: list[dict[str, Any]]) -> list[Group]:
     return sorted(made, key=lambda group: (order.index(group.task), group.track, group.method, group.name))
 
 
-def _tables(groups: list[Group]) -> list[tuple[tuple[str, str], list[Group]]]:
+def tables(groups: list[Group]) -> list[tuple[tuple[str, str], list[Group]]]:
     """The groups of each task and training distribution."""
     tables: dict[tuple[str, str], list[Group]] = defaultdict(list)
     for group in groups:
@@ -117,8 +117,8 @@ def _tables(groups: list[Group]) -> list[tuple[tuple[str, str], list[Group]]]:
 def markdown(groups: list[Group]) -> str:
     """Every table, by task and training distribution."""
     parts = []
-    for (task, track), members in _tables(groups):
-        parts.append(f"## {task}, trained on {_TRACKS[track]}\n")
+    for (task, track), members in tables(groups):
+        parts.append(f"## {task}, trained on {TRACKS[track]}\n")
         parts.append(_accuracy_table(task, members))
         if task == "mqmtar":
             parts.append("The query-error law: e = wrong queries / queries / pairs, over all seeds, x 1e-6.\n")
@@ -200,7 +200,7 @@ def figure(groups: list[Group], file: Path) -> None:
             theirs = [trained * int(multiple) for multiple in row]
             label = f"{method}, {source}"
             axes.plot(theirs, row.values(), linestyle=style, color=shade, linewidth=1.2, marker=".", label=label)
-    axes.set(title=f"{task}, trained on {_TRACKS[groups[0].track]}", ylabel="exact match, %", ylim=(-3, 103))
+    axes.set(title=f"{task}, trained on {TRACKS[groups[0].track]}", ylabel="exact match, %", ylim=(-3, 103))
     axes.tick_params(axis="x", labelsize=7)
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     drawing.set_figwidth(10.5)
@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"no results files in {folder}; evaluate.py writes them")
     groups = grouped(results)
     (folder / "report.md").write_text(markdown(groups))
-    for (task, track), members in _tables(groups):
+    for (task, track), members in tables(groups):
         figure(members, folder / f"{task}-{track}.png")
     print(f"wrote {folder / 'report.md'} and its figures")
 

@@ -381,6 +381,7 @@ def _start_from(model: PreTrainedModel, task: Task, folder: str) -> dict[str, An
     earlier = run.get("started_from") or {"samples": 0, "seconds": 0.0}
     return {
         "track": run["track"],
+        "command": run.get("header", {}).get("command", ""),
         "samples": run["samples"] + earlier["samples"],
         "seconds": run["seconds"] + earlier["seconds"],
         "seed": run["seed"],

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import nn
 
-from recipes.synthetic import evaluate, lookup, margins, measuring, report, train
+from recipes.synthetic import evaluate, lookup, margins, measuring, model_card, report, train
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
 from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, hardest
@@ -664,6 +665,20 @@ def test_mqmtar_in_two_runs(distribution: str, tmp_path: Path) -> None:
     assert shown.startswith("MQMTAR in two runs") and "MORE_MINUTES" in shown and "set -" not in shown
     refused = run(["bash", script, "mine"])
     assert refused.returncode == 2 and "expected own or paper, got mine" in refused.stderr
+
+
+def test_the_card_of_the_model_that_holds_furthest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of the results in the repository: metadata that the Hub reads, and the commands of both runs."""
+    model_card.main(["--out", str(tmp_path)])
+    capsys.readouterr()
+    for file in (model_card.CARDS / "mqmtar-own.md", model_card.CARDS / "mqmtar-paper.md"):
+        assert file.read_text() == (tmp_path / file.name).read_text(), "run recipes/synthetic/model_card.py"
+    made = ModelCard.load(tmp_path / "mqmtar-own.md")
+    assert made.data.license == "apache-2.0" and made.data.library_name == "transformers"
+    results = {result.dataset_config: result.metric_value for result in made.data.eval_results}
+    assert results["1024x"] >= 0.915 and made.text.count("python recipes/synthetic/train.py") >= 2
+    with pytest.raises(SystemExit):
+        model_card.main(["--results", str(tmp_path)])
 
 
 def test_stop_after_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

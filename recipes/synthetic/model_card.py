@@ -1,0 +1,126 @@
+"""A model card for the best model of each table, from the results files.
+
+    python recipes/synthetic/model_card.py            # writes model_cards/TASK-TRACK.md
+
+The card is what `push_to_hub` wants beside the weights: metadata with the results, what the model is for, how it was
+trained and tested, and what it can't do. The weights themselves are made by the command that the card names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from recipes.synthetic.evaluate import RESULTS
+from recipes.synthetic.report import TRACKS, Group, grouped, in_all, tables
+
+__all__ = ["best", "card", "main"]
+
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+CARDS = Path(__file__).resolve().parents[2] / "model_cards"
+
+
+def best(groups: list[Group]) -> Group:
+    """The group that holds furthest: most of the samples right at the longest length, then the most of them."""
+
+    def rank(group: Group) -> tuple[int, float]:
+        pooled = {multiple: group.pooled(multiple) for multiple in group.multiples()}
+        held = [(multiple, found[0]) for multiple, found in pooled.items() if found is not None and found[0] >= 50]
+        return max(held, default=(0, 0.0))
+
+    return max(groups, key=rank)
+
+
+def _commands(run: dict[str, Any]) -> list[str]:
+    """What trained the model, the run whose weights it began with first."""
+    earlier = run.get("started_from")
+    command = run["header"]["command"] if "header" in run else run["command"]
+    return [*(_commands(earlier) if earlier else []), command]
+
+
+def card(group: Group) -> str:
+    """The card of a group's seeds: YAML metadata and markdown."""
+    run = group.results[0]["run"]
+    trained = run["task_settings"]["max_length"]
+    name = f"{group.task}-{group.method}-{group.positions}"
+    rows, results = [], []
+    for multiple in sorted(group.multiples()):
+        pooled = group.pooled(multiple)
+        assert pooled is not None
+        accuracy, low, high = pooled
+        samples = sum(entry["samples"] for entry in group.entries(multiple))
+        rows.append(f"| {trained * multiple:,} ({multiple}x) | {accuracy:.1f} | {low:.1f} to {high:.1f} | {samples} |")
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=group.task,
+                dataset_config=f"{multiple}x",
+                dataset_name=f"{group.task} at {multiple}x the training length",
+                metric_type="exact_match",
+                metric_value=round(accuracy / 100, 4),
+            )
+        )
+    data = ModelCardData(
+        model_name=name,
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["asentmax", "entmax", "sparse-attention", "long-context", "length-generalization"],
+        eval_results=results,
+    )
+    many = len(group.results) > 1
+    seeds = f"seed{'s' if many else ''} {', '.join(str(result['run']['seed']) for result in group.results)}"
+    made = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        name=name,
+        task=group.task,
+        sizes=run["task_settings"],
+        settings=run["settings"],
+        parameters=f"{run['parameters'] / 1e6:.1f}",
+        seeds=seeds,
+        rows="\n".join(rows),
+        track=TRACKS[group.track],
+        samples=f"{in_all(run, 'samples') / 1e6:.1f}",
+        minutes=f"{in_all(run, 'seconds') / 60:.1f}",
+        device=run["header"]["device"]["name"],
+        versions=run["header"]["versions"],
+        commit=run["header"]["commit"],
+        commands="\n".join(_commands(run)),
+        limits=f"{'Several seeds' if many else 'One seed'}. {_LIMITS[group.track]}",
+    )
+    return str(made).rstrip() + "\n"
+
+
+_LIMITS = {
+    "own": "The training data are not the paper's: more of their keys are easily confused, which those of tests are by "
+    "chance only, so this is no comparison with work on the paper's data.",
+    "paper": "The training data are the paper's; what training does to inputs and model beside, the commands say.",
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; see the module's description."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results files")
+    parser.add_argument("--out", type=Path, default=CARDS, help="folder for the cards")
+    parsed = parser.parse_args(arguments)
+    results = [json.loads(file.read_text()) for file in sorted(parsed.results.glob("*.json"))]
+    if not results:
+        parser.error(f"no results files in {parsed.results}; evaluate.py writes them")
+    parsed.out.mkdir(parents=True, exist_ok=True)
+    for (task, track), members in tables(grouped(results)):
+        file = parsed.out / f"{task}-{track}.md"
+        file.write_text(card(best(members)))
+        print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
