@@ -60,7 +60,7 @@ def asentmax_mask(
         and local_size is None
         and kv_offset == 0
         and kwargs.get("device") is not None
-        and (isinstance(q_offset, int) or q_offset.numel() == 1)
+        and (not isinstance(q_offset, torch.Tensor) or q_offset.numel() == 1)
     ):
         return _one_query(batch_size, kv_length, q_offset, attention_mask, kwargs["device"])
     return sdpa_mask(

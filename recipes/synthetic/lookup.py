@@ -31,6 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from hf_asentmax.mappings import entmax
 from recipes.common import results_header, write_json
+from recipes.synthetic.replay import HardReplay
+from recipes.synthetic.tasks import Batch
 from recipes.synthetic.tasks.mqmtar import Mqmtar, confusable
 from recipes.synthetic.tasks.words import WordPool
 
@@ -49,6 +51,7 @@ class Variant:
         noise: of each key, in its root mean square. jitter: scores times a factor in [jitter, 1] per sample.
         head_drop: probability with which a head is left out, per sample, of all but one.
         gain: g at the start.
+        replay: share of a batch that are hard samples seen before, from a quarter of the run on.
     """
 
     near: float = 0.5
@@ -56,6 +59,7 @@ class Variant:
     jitter: float = 0.4
     head_drop: float = 0.0
     gain: float = 30.0
+    replay: float = 0.0
 
 
 VARIANTS = {
@@ -71,6 +75,8 @@ VARIANTS = {
     "no near misses, gain 8": Variant(near=0.0, gain=8.0),
     "no near misses, head drop 0.75": Variant(near=0.0, head_drop=0.75),
     "no near misses, head drop 0.9": Variant(near=0.0, head_drop=0.9),
+    "no near misses, replay 0.125": Variant(near=0.0, replay=0.125),
+    "no near misses, head drop 0.75, replay 0.125": Variant(near=0.0, head_drop=0.75, replay=0.125),
 }
 
 
@@ -97,18 +103,28 @@ class Lookup(nn.Module):
         return self.projections[side](hidden).unflatten(-1, (HEADS, HEAD_DIM))
 
 
+def _as_batch(words: torch.Tensor, asked: torch.Tensor) -> Batch:
+    nowhere = torch.zeros(1, dtype=torch.int64)
+    return Batch(words, nowhere, asked[:, None], nowhere)
+
+
 def train(variant: Variant, seed: int, steps: int) -> Lookup:
     """A lookup trained for so many updates; the learning rate falls over the second half."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     pool = WordPool.drawn(POOL, Mqmtar.FIRST_LETTER, Mqmtar.LETTERS, torch.Generator().manual_seed(0))
     model = Lookup(variant.gain)
+    replay = HardReplay(variant.replay)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = PEAK * min(1.0, (step + 1) / WARMUP) * min(1.0, 2 * (1 - step / steps))
         words = pool.words[confusable(pool, BATCH, KEYS, variant.near, 0.0, 2, generator)]
         asked = torch.randint(KEYS, (BATCH,))
+        replays = variant.replay > 0 and step >= steps // 4
+        if replays:
+            mixed = replay.mix(_as_batch(words, asked), "")
+            words, asked = mixed.inputs, mixed.labels[:, 0]
         query, key = model(words[torch.arange(BATCH), asked], "query"), model(words, "key")
         size = key.detach().square().mean(dim=-1, keepdim=True).sqrt()
         key = key + variant.noise * size * torch.randn_like(key)
@@ -117,7 +133,11 @@ def train(variant: Variant, seed: int, steps: int) -> Lookup:
         kept = torch.rand(BATCH, HEADS) >= variant.head_drop
         kept[torch.arange(BATCH), torch.randint(HEADS, (BATCH,))] = True
         share = (kept / kept.sum(dim=1, keepdim=True))[:, :, None]
-        loss = nn.functional.cross_entropy(model.gain * (entmax(scores, 1.5) * share).sum(dim=1), asked)
+        logits = model.gain * (entmax(scores, 1.5) * share).sum(dim=1)
+        losses = nn.functional.cross_entropy(logits, asked, reduction="none")
+        if replays:
+            replay.update(losses.detach())
+        loss = losses.mean()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
