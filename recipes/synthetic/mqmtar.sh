@@ -27,11 +27,11 @@ paper) first=() second=() ;;
 esac
 train=recipes/synthetic/train.py name=mqmtar-asentmax-nape-$distribution
 # shellcheck disable=SC2086  # FLAGS are several words
-python "$train" "${common[@]}" "${first[@]}" --name "$distribution-first" --ease-in 1500 --decay 0.25 \
+"${PYTHON:-python3}" "$train" "${common[@]}" "${first[@]}" --name "$distribution-first" --ease-in 1500 --decay 0.25 \
     --minutes "${MINUTES:-3.2}" --give-up 3000000 ${FLAGS:-}
 # shellcheck disable=SC2086
-python "$train" "${common[@]}" "${second[@]}" --name "$distribution" --ease-in 300 --lr 3e-4 --warmup 100 --decay 1 \
+"${PYTHON:-python3}" "$train" "${common[@]}" "${second[@]}" --name "$distribution" --ease-in 300 --lr 3e-4 --warmup 100 --decay 1 \
     --head-drop 0.75 --start-from "$out/$name-first/seed$seed" --minutes "${MORE_MINUTES:-1.2}" ${FLAGS:-} \
     ${MORE_FLAGS:-}
 # shellcheck disable=SC2086
-python recipes/synthetic/evaluate.py "$out/$name" ${EVALUATE_FLAGS:-}
+"${PYTHON:-python3}" recipes/synthetic/evaluate.py "$out/$name" ${EVALUATE_FLAGS:-}
