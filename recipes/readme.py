@@ -242,7 +242,8 @@ def synthetic(content: dict[str, Any]) -> str:
             f"Ours: one seed, {last['samples']} samples at {last['multiple']}x, 95% interval {low} to {high}; trained "
             "on data with near misses among keys and values, which the published rows (the paper's, best of 3 seeds, "
             "and an independent group's) were not; no other attention was trained on it yet. Tables, "
-            "figures and what else was tried: [recipes/synthetic](recipes/synthetic/README.md).",
+            "figures and what else was tried: [recipes/synthetic](recipes/synthetic/README.md); "
+            "[model card](model_cards/mqmtar-own.md).",
             origin(content["evaluation"]),
         ]
     )
