@@ -14,14 +14,12 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from hf_asentmax import entmax_attention
+from recipes.recording import recorded_attention
 from recipes.synthetic.evaluate import task_of
 from recipes.synthetic.measuring import autocast, fixed_batches
 from recipes.synthetic.models import load_model, outputs_at
@@ -30,21 +28,19 @@ from recipes.synthetic.models import load_model, outputs_at
 @torch.inference_mode()
 def capture(run: Path, length: int, layer: int, device: torch.device) -> dict[str, torch.Tensor | None]:
     """The tensors of one layer for one test sample whose source has about `length` tokens."""
-    calls: list[dict[str, torch.Tensor | None]] = []
-
-    def recording(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-        tensors = {"query": query, "key": key, "value": value}
-        calls.append({name: tensor.bfloat16().cpu() for name, tensor in tensors.items()})
-        slopes = options.get("alibi_slopes")
-        calls[-1]["alibi_slopes"] = None if slopes is None else slopes.float().cpu()
-        return entmax_attention(query, key, value, **options)
-
     model = load_model(run / "model").to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
     task = task_of(json.loads((run / "run.json").read_text()))
     batch = next(iter(fixed_batches(task, length, 1, 1, seed=0))).to(device)
-    with patch("hf_asentmax.integration.forward.entmax_attention", recording), autocast(device):
+    with recorded_attention() as calls, autocast(device):
         outputs_at(model, batch)
-    return calls[layer]
+    call = calls[layer]
+    slopes = call.options.get("alibi_slopes")
+    return {
+        "query": call.query.bfloat16().cpu(),
+        "key": call.key.bfloat16().cpu(),
+        "value": call.value.bfloat16().cpu(),
+        "alibi_slopes": None if slopes is None else slopes.float().cpu(),
+    }
 
 
 def main() -> None:

@@ -26,16 +26,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from hf_asentmax import entmax_attention
 from hf_asentmax.mappings import entmax
 from recipes.common import format_table, results_header, write_json
+from recipes.recording import recorded_attention
 
 PAGES = (16, 64, 128)
 TOPIC = 256  # keys that share a direction, as in attention.py
@@ -108,21 +107,6 @@ def model_layers(folder: Path, length: int) -> list[dict[str, Any]]:
     """Queries (heads, length, head_dim), keys (kv_heads, length, head_dim), scale and slopes of each layer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    calls: list[dict[str, Any]] = []
-
-    def recording(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-        assert options["alpha"] == _ALPHA
-        scale, slopes = options.get("scale"), options.get("alibi_slopes")
-        calls.append(
-            {
-                "query": query[0],
-                "key": key[0],
-                "scale": query.shape[-1] ** -0.5 if scale is None else scale,
-                "slopes": torch.zeros(query.shape[1]) if slopes is None else slopes,
-            }
-        )
-        return entmax_attention(query, key, value, **options)
-
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     text = folder / "held_out.txt"
     if text.exists():
@@ -132,9 +116,13 @@ def model_layers(folder: Path, length: int) -> list[dict[str, Any]]:
         from recipes.quickstart.task import sample_batch
 
         ids = sample_batch(1, length, STEPS // 2, torch.Generator().manual_seed(0)).tokens
-    with patch("hf_asentmax.integration.forward.entmax_attention", recording):
+    with recorded_attention() as calls:
         model.base_model(ids, use_cache=False)
-    return calls
+    assert all(call.options["alpha"] == _ALPHA for call in calls)
+    return [
+        {"query": call.query[0], "key": call.key[0], "scale": call.options["scale"], "slopes": call.slopes}
+        for call in calls
+    ]
 
 
 def _mean(rows: list[dict[str, Any]]) -> dict[str, Any]:

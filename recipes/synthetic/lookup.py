@@ -32,9 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hf_asentmax.mappings import entmax
 from recipes.common import results_header, write_json
 from recipes.synthetic.replay import HardReplay
+from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import Batch
 from recipes.synthetic.tasks.mqmtar import Mqmtar, confusable
 from recipes.synthetic.tasks.words import WordPool
+from recipes.synthetic.trainer import learning_rate
 
 HEADS, HEAD_DIM, WIDTH = 8, 32, 128
 KEYS, TEST_KEYS, POOL = 8, 8738, 10_000
@@ -114,11 +116,12 @@ def train(variant: Variant, seed: int, steps: int) -> Lookup:
     generator = torch.Generator().manual_seed(seed)
     pool = WordPool.drawn(POOL, Mqmtar.FIRST_LETTER, Mqmtar.LETTERS, torch.Generator().manual_seed(0))
     model = Lookup(variant.gain)
-    replay = HardReplay(variant.replay)
+    replay = HardReplay(variant.replay, BATCH)
+    schedule = RunSettings(warmup=WARMUP)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = PEAK * min(1.0, (step + 1) / WARMUP) * min(1.0, 2 * (1 - step / steps))
+            group["lr"] = learning_rate(PEAK, step, step / steps, schedule)
         words = pool.words[confusable(pool, BATCH, KEYS, variant.near, 0.0, 2, generator)]
         asked = torch.randint(KEYS, (BATCH,))
         replays = variant.replay > 0 and step >= steps // 4

@@ -11,12 +11,12 @@ place, or none. Runs on a CPU in a minute a model. It looks at single heads; whe
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
@@ -24,12 +24,12 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from hf_asentmax import entmax_attention
 from recipes.common import results_header, write_json
+from recipes.recording import recorded_attention
 from recipes.synthetic.evaluate import task_of
 from recipes.synthetic.measuring import fixed_batches
 from recipes.synthetic.models import load_model, outputs_at
-from recipes.synthetic.tasks import Batch, Mqmtar
+from recipes.synthetic.tasks import Mqmtar
 
 __all__ = ["likenesses", "lookups", "main"]
 
@@ -52,19 +52,6 @@ def likenesses(queries: torch.Tensor, keys: torch.Tensor) -> dict[str, torch.Ten
     return {"swapped": swapped, "first": same & first, "second": same & second, "crossed": crossed, "far": far}
 
 
-def _scores(model: PreTrainedModel, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each layer's queries, their length scaling included, and keys: (samples, heads, length, head_dim)."""
-    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def recording(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-        calls.append((query * options["scale"], key))
-        return entmax_attention(query, key, value, **options)
-
-    with patch("hf_asentmax.integration.forward.entmax_attention", recording):
-        outputs_at(model, batch)
-    return calls
-
-
 @torch.inference_mode()
 def lookups(model: PreTrainedModel, task: Mqmtar, samples: int) -> Iterator[dict[str, Any]]:
     """A row for each place, layer and head that looks up: how often a key of each kind beats the right one.
@@ -73,6 +60,9 @@ def lookups(model: PreTrainedModel, task: Mqmtar, samples: int) -> Iterator[dict
         model: in eval mode.
         task: MQMTAR, as it was trained.
         samples: of 64 tokens.
+
+    Raises:
+        ValueError: the model's attention is not the plugin's.
     """
     (batch,) = fixed_batches(task, task.max_length, samples, samples, SEED)
     inputs = batch.inputs
@@ -85,10 +75,14 @@ def lookups(model: PreTrainedModel, task: Mqmtar, samples: int) -> Iterator[dict
     kinds = likenesses(queries.flatten(0, 1), keys.flatten(0, 1))
     own = (right + torch.arange(samples)[:, None] * keys.shape[1]).flatten()
     places = {"query's second letter": asked + 2, "answer's marker": answered, "value's first letter": answered + 1}
-    for layer, (query, key) in enumerate(_scores(model, batch)):
-        for (place, rows), head in ((item, head) for item in places.items() for head in range(query.shape[1])):
-            if head < model.config.num_attention_heads // 2:  # with ALiBi
-                continue
+    with recorded_attention() as calls:
+        outputs_at(model, batch)
+    if not calls:
+        raise ValueError("the model's attention is not the plugin's (stick-breaking): its scores are not seen")
+    for layer, call in enumerate(calls):
+        query, key = call.query * call.options["scale"], call.key
+        free = (call.slopes == 0).nonzero()[:, 0].tolist()  # heads without ALiBi
+        for (place, rows), head in itertools.product(places.items(), free):
             q = query[:, head].gather(1, rows[..., None].expand(-1, -1, query.shape[-1]))
             scores = q @ key[:, head].transpose(1, 2)
             unseen = torch.arange(inputs.shape[1]) > rows[..., None]

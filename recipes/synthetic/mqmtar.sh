@@ -4,16 +4,21 @@
 #     bash recipes/synthetic/mqmtar.sh own 0          # our own training distribution, seed 0
 #     bash recipes/synthetic/mqmtar.sh paper 1        # the paper's
 #
-# MINUTES and MORE_MINUTES (default 3.2 and 1.2) are the training times, OUT the folder, FLAGS go to both runs,
-# MORE_FLAGS to the second alone, EVALUATE_FLAGS to its test. A run that stays on the plateau is given up: try another seed.
+# METHOD is the attention (default asentmax), MINUTES and MORE_MINUTES (default 3.2 and 1.2) are the training times, OUT
+# the folder, FLAGS go to both runs, MORE_FLAGS to the second alone, EVALUATE_FLAGS to its test. A run that stays on the
+# plateau is given up: try another seed.
 set -euo pipefail
 if [[ ${1:---help} == --help ]]; then
     sed -n '2,/^set/{/^#/s/^# \?//p}' "$0"
     exit
 fi
-distribution=$1 seed=${2:-0} out=${OUT:-runs/synthetic}
-common=(--task mqmtar --out "$out" --seeds "$seed" --steps 0 --corrupt 0.5 --jitter 0.4 --key-noise 0.3 --compile
-    --validations 1 --validate-samples 2000)
+if (($# > 2)); then
+    echo "expected a distribution and one seed, got $*" >&2
+    exit 2
+fi
+method=${METHOD:-asentmax} distribution=$1 seed=${2:-0} out=${OUT:-runs/synthetic}
+common=(--task mqmtar --method "$method" --out "$out" --seeds "$seed" --steps 0 --corrupt 0.5 --jitter 0.4
+    --key-noise 0.3 --compile --validations 1 --validate-samples 2000)
 case $distribution in
 own)
     first=(--near-misses 0.3 --near-misses-end 1 --one-letter-end 0.25)
@@ -25,7 +30,7 @@ paper) first=() second=() ;;
     exit 2
     ;;
 esac
-train=recipes/synthetic/train.py name=mqmtar-asentmax-nape-$distribution
+train=recipes/synthetic/train.py name=mqmtar-$method-nape-$distribution
 # shellcheck disable=SC2086  # FLAGS are several words
 "${PYTHON:-python3}" "$train" "${common[@]}" "${first[@]}" --name "$distribution-first" --ease-in 1500 --decay 0.25 \
     --minutes "${MINUTES:-3.2}" --give-up 3000000 ${FLAGS:-}

@@ -24,12 +24,20 @@ class HardReplay:
 
     Args:
         share: of a batch that is replaced by samples seen before.
+        batch: samples in a batch.
+
+    Raises:
+        ValueError: the share is none, or comes to no sample or to more than are kept.
     """
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, batch: int) -> None:
         if not 0 <= share < 1:
             raise ValueError(f"replay's share of a batch must be at least 0 and below 1, got {share}")
-        self.share = share
+        self.count = int(share * batch)
+        if share > 0 and not 1 <= self.count <= CAPACITY:
+            raise ValueError(
+                f"a replay of {share} of {batch} samples is {self.count}; expected 1 to {CAPACITY}, which are kept"
+            )
         self._kept: dict[str, dict[str, torch.Tensor]] = {}
         self._key = ""
         self._mixed: Batch | None = None
@@ -38,14 +46,13 @@ class HardReplay:
     def mix(self, batch: Batch, key: str) -> Batch:
         """The batch with its last samples replaced by the hardest kept ones of `key`, which names equal lengths."""
         self._key, self._mixed = key, batch
-        count = min(int(self.share * len(batch)), CAPACITY)
         self._chosen = torch.empty(0, dtype=torch.int64, device=batch.labels.device)
-        if key not in self._kept or count == 0:
+        if key not in self._kept or self.count == 0:
             return batch
         kept = self._kept[key]
-        self._chosen = kept["losses"].topk(count).indices
+        self._chosen = kept["losses"].topk(self.count).indices
         there = kept["losses"][self._chosen] >= 0
-        fresh = slice(len(batch) - count, None)
+        fresh = slice(len(batch) - self.count, None)
         inputs, labels = batch.inputs.clone(), batch.labels.clone()
         for whole, name in ((inputs, "inputs"), (labels, "labels")):
             old = kept[name][self._chosen].to(whole.dtype)
@@ -57,7 +64,7 @@ class HardReplay:
     def update(self, losses: torch.Tensor) -> None:
         """(batch,) losses of what `mix` gave last."""
         batch = self._mixed
-        if batch is None or self.share == 0:
+        if batch is None or self.count == 0:
             return
         kept = self._kept.get(self._key)
         if kept is None:

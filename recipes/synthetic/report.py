@@ -108,10 +108,10 @@ def grouped(results: list[dict[str, Any]]) -> list[Group]:
 
 def tables(groups: list[Group]) -> list[tuple[tuple[str, str], list[Group]]]:
     """The groups of each task and training distribution."""
-    tables: dict[tuple[str, str], list[Group]] = defaultdict(list)
+    members: dict[tuple[str, str], list[Group]] = defaultdict(list)
     for group in groups:
-        tables[(group.task, group.track)].append(group)
-    return list(tables.items())
+        members[(group.task, group.track)].append(group)
+    return list(members.items())
 
 
 def markdown(groups: list[Group]) -> str:

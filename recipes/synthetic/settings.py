@@ -103,6 +103,21 @@ class RunSettings:
             raise ValueError(
                 "jitter and channel-drop change queries before qk-norm undoes it: leave them out, or qk-norm"
             )
+        for_heads_without_alibi = {
+            "jitter": self.jitter < 1,
+            "channel-drop": self.channel_drop > 0,
+            "head-drop": self.head_drop > 0,
+            "score-limit": self.score_limit > 0,
+            "key-noise": self.key_noise > 0 and self.key_noise_heads != "all",
+        }
+        without_effect = [name for name, given in for_heads_without_alibi.items() if given]
+        if self.positions == "alibi" and without_effect:
+            raise ValueError(
+                f"{' and '.join(without_effect)} change heads without ALiBi, and positions alibi leave none: "
+                "leave them out, or take nape or nope"
+            )
+        if self.start_from and (self.projection_std or self.gamma_start):
+            raise ValueError("projection-std and gamma-start set the weights at the start, which start-from gives")
         if self.score_limit < 0 or (self.score_limit > 0 and self.qk_norm):
             raise ValueError(
                 "score-limit must be at least 0, and 0 with qk-norm, which sets the scores' size itself; "

@@ -62,7 +62,7 @@ class Trainer:
         )
         self.model.to(device)  # type: ignore[arg-type]
         _start_projections(self.model, settings)
-        self.earlier = _start_from(self.model, task, settings.start_from) if settings.start_from else None
+        self.earlier = _start_from(self.model, task, settings) if settings.start_from else None
         if settings.bf16_weights:
             self.model.to(torch.bfloat16)  # type: ignore[arg-type]
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.average > 0 else None
@@ -77,7 +77,7 @@ class Trainer:
             settings.jitter_law == "log",
         )
         self.heads = HeadDrop(self.model, settings.head_drop, alibi_heads)
-        self.replay = HardReplay(settings.replay)
+        self.replay = HardReplay(settings.replay, settings.batch)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(
             hf_asentmax.parameter_groups(self.model, settings.weight_decay),
@@ -348,6 +348,8 @@ class Trainer:
         return {"task": task, "settings": asdict(self.settings), "seed": self.seed}
 
 
+_KIND = ("method", "positions", "qk_norm")  # what weights of equal shapes do not tell
+
 _COUNTERS = ("step", "seconds", "tokens", "loss_sum", "noise_times", "log", "validations", "left_plateau", "kept_step")
 
 
@@ -356,13 +358,14 @@ def _error(result: dict[str, Any]) -> float:
     return result["e"] if "e" in result else 1 - result["token_accuracy"]
 
 
-def _start_from(model: PreTrainedModel, task: Task, folder: str) -> dict[str, Any]:
+def _start_from(model: PreTrainedModel, task: Task, settings: RunSettings) -> dict[str, Any]:
     """Gives the model the weights of a finished run; what is to be said of that run, with all that came before it.
 
     Raises:
         FileNotFoundError: no finished run is there.
-        ValueError: it has another task or a model of another kind.
+        ValueError: it has another task, method or positions, or a model of another size.
     """
+    folder = settings.start_from
     run_file, weights = Path(folder) / "run.json", Path(folder) / "model"
     if not run_file.exists() or not weights.exists():
         raise FileNotFoundError(
@@ -372,11 +375,15 @@ def _start_from(model: PreTrainedModel, task: Task, folder: str) -> dict[str, An
     if run["task"] != task.name:
         raise ValueError(f"start-from: {folder} was trained on {run['task']}, this run is to learn {task.name}")
     found = load_model(weights).state_dict()
+    differing = [name for name in _KIND if run["settings"].get(name, False) != getattr(settings, name)]
+    if differing:
+        raise ValueError(
+            f"start-from: the run in {folder} has other {' and '.join(differing)} than this one; a table would name it "
+            "by the last run's alone"
+        )
     own = {name: value.shape for name, value in model.state_dict().items()}
     if own != {name: value.shape for name, value in found.items()}:
-        raise ValueError(
-            f"start-from: the model in {folder} has other weights than method, positions and sizes ask for"
-        )
+        raise ValueError(f"start-from: the model in {folder} has other weights than this run's sizes ask for")
     model.load_state_dict(found)
     earlier = run.get("started_from") or {"samples": 0, "seconds": 0.0}
     return {

@@ -1,6 +1,6 @@
 """Every kernel on the small grid, without anything beside them, for compute-sanitizer on a GPU.
 
-    export PYTHONPATH=.:tests
+    export PYTHONPATH=.:tests PYTORCH_NO_CUDA_MEMORY_CACHING=1    # memcheck then sees where each tensor ends
     compute-sanitizer --tool memcheck python tests/kernels/run_small_grid.py
     compute-sanitizer --tool racecheck python tests/kernels/run_small_grid.py --share 3
 
@@ -11,7 +11,6 @@ only run: forward and backward of the training cases, lists and dense tiles side
 from __future__ import annotations
 
 import argparse
-import os
 from unittest.mock import patch
 
 import torch
@@ -48,15 +47,14 @@ def decoded(case: Case, device: str) -> None:
     entmax_attention(query, key, value, backend="triton", **options(case, device))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The command line; see the module's description."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", type=int, default=1, help="only one of so many cases of training (default: all)")
-    arguments = parser.parse_args()
-    os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # so that memcheck sees where each tensor ends
+    share = parser.parse_args(arguments).share
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ran = 0
-    for case in SMALL_CASES[:: arguments.share]:
+    for case in SMALL_CASES[::share]:
         trained(case, device, tensors(case, device))
         ran += 1
     with patch.object(regimes, "SPARSE_FROM", 128):
@@ -67,7 +65,7 @@ def main() -> None:
                 trained(case, device, mixed(case, device))
                 ran += 1
     torch.use_deterministic_algorithms(False)
-    for case in DECODING[:: arguments.share]:
+    for case in DECODING[::share]:
         decoded(case, device)
         ran += 1
     with patch.object(decode_launch, "_SHORT_TILES", 4), patch.object(decode_launch, "_MOST_TILES_LISTED", 4):

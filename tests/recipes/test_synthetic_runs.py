@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,9 @@ import torch
 from huggingface_hub import ModelCard
 from torch import nn
 
+from recipes.recording import AttentionCall, recorded_attention
 from recipes.synthetic import evaluate, lookup, margins, measuring, model_card, report, train
+from recipes.synthetic import score_sizes as score_sizes_module
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
 from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, hardest
@@ -26,6 +30,8 @@ from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.stick_breaking import stick_breaking_attention
 from recipes.synthetic.tasks import TASKS, Batch, Mqmtar, Task
 from recipes.synthetic.trainer import Trainer, learning_rate
+
+from tiny_models import perturb_scalings
 
 SIZES = {"layers": 2, "hidden": 16, "heads": 4, "head_dim": 8, "ffn": 32}
 SIZE_FLAGS = [text for name, value in SIZES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -40,45 +46,6 @@ def positions_for(method: str) -> str:
 def small(name: str) -> Task:
     sizes = {"hidden": 16, "ffn": 16} if name == "max_retrieval" else SIZES
     return TASKS[name](**sizes)  # type: ignore[arg-type]
-
-
-def test_likenesses_part_the_other_words() -> None:
-    words = torch.randint(3, 8, (40, 2), generator=torch.Generator().manual_seed(0))
-    kinds = margins.likenesses(words, words)
-    equal = (words[:, None] == words[None]).all(dim=-1)
-    assert torch.equal(sum(kinds.values()) + equal.long(), torch.ones_like(equal, dtype=torch.int64))
-    one = {
-        name: bool(kind) for name, kind in margins.likenesses(torch.tensor([[3, 4]]), torch.tensor([[4, 3]])).items()
-    }
-    assert one == {"swapped": True, "first": False, "second": False, "crossed": False, "far": False}
-
-
-def test_lookups_find_the_heads_that_match_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of four heads the first two have ALiBi, the third compares both letters in order, the fourth without order."""
-    task = replace(SMALL, head_dim=2 * SMALL.vocabulary)
-
-    def scores(model: nn.Module, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        letters = nn.functional.one_hot(batch.inputs, task.vocabulary).double()
-        before = letters.roll(1, dims=1)
-        in_order = torch.cat([before, letters], dim=-1)
-        either = torch.cat([before + 1.01 * letters, 0 * letters], dim=-1)
-        reverse = torch.cat([before * 1.01 + letters, 0 * letters], dim=-1)
-        none = torch.zeros_like(in_order)
-        return [(torch.stack([none, none, in_order, reverse], 1), torch.stack([none, none, in_order, either], 1))]
-
-    monkeypatch.setattr(margins, "_scores", scores)
-    model = build_model(SMALL, "asentmax", "nape").eval()
-    rows = [row for row in margins.lookups(model, task, 200) if row["place"] == "query's second letter"]
-    assert [(row["head"], row["offset"]) for row in rows] == [(2, 1), (3, 1)]
-    assert rows[0]["swapped"] == rows[0]["first"] == rows[0]["crossed"] == rows[0]["far"] == 0 and rows[0]["score"] == 2
-    assert rows[1]["swapped"] == 1.0 and rows[1]["far"] < 0.1
-    assert rows[0]["swapped_keys"] < 1 and rows[0]["far_keys"] > 8000
-    run = tmp_path / "run"
-    model.save_pretrained(run / "model")
-    summary = {"task": "mqmtar", "task_settings": asdict(task)}
-    (run / "run.json").write_text(json.dumps(summary))
-    margins.main([str(run), "--samples", "50", "--output", str(tmp_path / "margins.json")])
-    assert json.loads((tmp_path / "margins.json").read_text())["models"][0]["heads"]
 
 
 # --- models and measuring
@@ -321,6 +288,14 @@ def test_qk_norm_bounds_scores_and_is_loaded_again(tmp_path: Path) -> None:
         build_model(small("max_retrieval"), "softmax", "nope", qk_norm=True)
 
 
+@pytest.mark.parametrize("flag", [{"jitter": 0.5}, {"channel_drop": 0.1}, {"head_drop": 0.1}, {"score_limit": 9.0}])
+def test_what_heads_with_alibi_do_not_have_is_refused_where_all_have_it(flag: dict[str, float]) -> None:
+    RunSettings(positions="nape", **flag)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"{next(iter(flag)).replace('_', '-')} change heads without ALiBi"):
+        RunSettings(positions="alibi", **flag)  # type: ignore[arg-type]
+    RunSettings(positions="alibi", key_noise=0.1, key_noise_heads="all")
+
+
 def test_channels_are_left_out_sample_by_sample() -> None:
     jitter = ScoreJitter(build_model(SMALL, "entmax", "nape"), 1.0, 2, drop=0.25)
     jitter.draw(1000, 9, torch.Generator().manual_seed(0))
@@ -426,7 +401,7 @@ def test_hard_samples_come_again_until_they_are_no_longer_hard() -> None:
         tokens = torch.arange(first, first + 8)[:, None].expand(8, 3)
         return Batch(tokens, torch.tensor([2]), tokens[:, :1], torch.tensor([1]))
 
-    replay = HardReplay(0.25)
+    replay = HardReplay(0.25, 8)
     assert replay.mix(batch(0), "3 1").inputs[:, 0].tolist() == list(range(8))
     losses = torch.arange(8.0)
     losses[2] = 100.0
@@ -437,12 +412,15 @@ def test_hard_samples_come_again_until_they_are_no_longer_hard() -> None:
     assert mixed.inputs[:, 0].tolist() == [20, 21, 22, 23, 24, 25, 2, 7] and mixed.labels[6, 0] == 2
     replay.update(torch.tensor([0, 0, 0, 0, 0, 0, 50.0, 0.0]))  # the second is solved
     assert replay.mix(batch(30), "3 1").inputs[6:, 0].tolist() == [2, 6]
-    again = HardReplay(0.25)
+    again = HardReplay(0.25, 8)
     again.restore(replay.state(), CPU)
     assert torch.equal(again.mix(batch(30), "3 1").inputs, replay.mix(batch(30), "3 1").inputs)
-    assert HardReplay(0.0).mix(batch(0), "3 1").inputs is not None
+    assert HardReplay(0.0, 8).mix(batch(0), "3 1").inputs is not None
     with pytest.raises(ValueError, match="replay's share of a batch must be at least 0 and below 1"):
-        HardReplay(1.0)
+        HardReplay(1.0, 8)
+    for share, batch_size in ((0.1, 8), (0.75, 1024)):
+        with pytest.raises(ValueError, match=rf"a replay of {share} of {batch_size} samples is .*expected 1 to 512"):
+            HardReplay(share, batch_size)
 
 
 def test_learning_rate() -> None:
@@ -637,6 +615,11 @@ def test_a_run_begins_with_another_s_weights(tmp_path: Path) -> None:
         Trainer(task, replace(settings, start_from=str(tmp_path)), 0, tmp_path / "third", CPU)
     with pytest.raises(ValueError, match="was trained on mqmtar, this run is to learn copy"):
         Trainer(small("copy"), settings, 0, tmp_path / "third", CPU)
+    with pytest.raises(ValueError, match="has other method and positions than this one"):
+        other = replace(settings, method="softmax", positions="rope")
+        Trainer(task, other, 0, tmp_path / "third", CPU)
+    with pytest.raises(ValueError, match="which start-from gives"):
+        replace(settings, gamma_start=0.1)
     with pytest.raises(ValueError, match="has other weights"):
         Trainer(replace(task, hidden=32), settings, 0, tmp_path / "third", CPU)
 
@@ -665,6 +648,8 @@ def test_mqmtar_in_two_runs(distribution: str, tmp_path: Path) -> None:
     assert shown.startswith("MQMTAR in two runs") and "MORE_MINUTES" in shown and "set -" not in shown
     refused = run(["bash", script, "mine"])
     assert refused.returncode == 2 and "expected own or paper, got mine" in refused.stderr
+    refused = run(["bash", script, distribution, "0", "1"])
+    assert refused.returncode == 2 and f"expected a distribution and one seed, got {distribution} 0 1" in refused.stderr
 
 
 def test_the_card_of_the_model_that_holds_furthest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -727,6 +712,83 @@ def test_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ]
     )
     assert "at 1024x: 0.0% of 2 exact" in capsys.readouterr().out
+
+
+# --- the lookups of a model
+
+
+def test_likenesses_part_the_other_words() -> None:
+    words = torch.randint(3, 8, (40, 2), generator=torch.Generator().manual_seed(0))
+    kinds = margins.likenesses(words, words)
+    equal = (words[:, None] == words[None]).all(dim=-1)
+    assert torch.equal(sum(kinds.values()) + equal.long(), torch.ones_like(equal, dtype=torch.int64))
+    one = {
+        name: bool(kind) for name, kind in margins.likenesses(torch.tensor([[3, 4]]), torch.tensor([[4, 3]])).items()
+    }
+    assert one == {"swapped": True, "first": False, "second": False, "crossed": False, "far": False}
+
+
+def test_lookups_find_the_heads_that_match_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four heads the first two have ALiBi, the third compares both letters in order, the fourth without order."""
+    task = replace(SMALL, head_dim=2 * SMALL.vocabulary)
+
+    slopes = torch.tensor([1.0, 0.5, 0.0, 0.0])
+
+    @contextmanager
+    def recorded() -> Iterator[list[AttentionCall]]:
+        yield calls
+
+    def calls_of(batch: Batch) -> AttentionCall:
+        letters = nn.functional.one_hot(batch.inputs, task.vocabulary).double()
+        before = letters.roll(1, dims=1)
+        in_order = torch.cat([before, letters], dim=-1)
+        either = torch.cat([before + 1.01 * letters, 0 * letters], dim=-1)
+        reverse = torch.cat([before * 1.01 + letters, 0 * letters], dim=-1)
+        none = torch.zeros_like(in_order)
+        query, key = (torch.stack([none, none, in_order, last], 1) for last in (reverse, either))
+        return AttentionCall(query, key, key, {"scale": 1.0, "alibi_slopes": slopes})
+
+    calls: list[AttentionCall] = []
+    monkeypatch.setattr(margins, "recorded_attention", recorded)
+    monkeypatch.setattr(margins, "outputs_at", lambda model, batch: calls.__setitem__(slice(None), [calls_of(batch)]))
+    model = build_model(SMALL, "asentmax", "nape").eval()
+    rows = [row for row in margins.lookups(model, task, 200) if row["place"] == "query's second letter"]
+    assert [(row["head"], row["offset"]) for row in rows] == [(2, 1), (3, 1)]
+    assert rows[0]["swapped"] == rows[0]["first"] == rows[0]["crossed"] == rows[0]["far"] == 0 and rows[0]["score"] == 2
+    assert rows[1]["swapped"] == 1.0 and rows[1]["far"] < 0.1
+    assert rows[0]["swapped_keys"] < 1 and rows[0]["far_keys"] > 8000
+    run = tmp_path / "run"
+    model.save_pretrained(run / "model")
+    summary = {"task": "mqmtar", "task_settings": asdict(task)}
+    (run / "run.json").write_text(json.dumps(summary))
+    margins.main([str(run), "--samples", "50", "--output", str(tmp_path / "margins.json")])
+    assert json.loads((tmp_path / "margins.json").read_text())["models"][0]["heads"]
+
+
+@pytest.mark.parametrize("method", ["asentmax", "ssmax"])
+def test_recorded_attention_is_what_the_layers_compute(method: str) -> None:
+    """Queries with their length scaling, keys, and the slopes, of each layer; and the model runs as ever."""
+    torch.manual_seed(0)
+    model = build_model(SMALL, method, "nape").eval()
+    perturb_scalings(model)
+    batch = SMALL.test_batch(2, 64, torch.Generator().manual_seed(0))
+    with torch.no_grad(), recorded_attention() as calls, score_sizes_module._recorded(model) as projected:
+        recorded = outputs_at(model, batch)
+    with torch.no_grad():
+        assert torch.equal(recorded, outputs_at(model, batch))
+    assert len(calls) == SMALL.layers
+    for call, layer in zip(calls, projected, strict=True):
+        query, key = (layer[name].unflatten(-1, (-1, SMALL.head_dim)).transpose(1, 2) for name in ("query", "key"))
+        assert torch.equal(call.key, key) and torch.equal(call.query[:, :2], query[:, :2])
+        torch.testing.assert_close(call.query[:, 2:], query[:, 2:] * layer["factor"][..., None])
+        assert not torch.allclose(call.query[:, 2:], query[:, 2:], rtol=1e-3)
+        assert call.slopes.tolist() == [1.0, 0.5, 0.0, 0.0] and call.options["scale"] == SMALL.head_dim**-0.5
+
+
+def test_lookups_of_attention_that_is_not_the_plugin_s() -> None:
+    model = build_model(SMALL, "stick_breaking", "nope").eval()
+    with pytest.raises(ValueError, match="is not the plugin's"):
+        list(margins.lookups(model, SMALL, 4))
 
 
 # --- the lookup alone
