@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .decode_scores import SPAN
 from .device import newton_step, support_powers
 from .sparse_scores import _scatter
 
@@ -35,12 +36,10 @@ def _raised(tau, p, s, exponent: tl.constexpr):
 
 
 @triton.jit
-def _tile_maxima(
-    record, workspace, first, tiles, slope, scoring, position, nearest, NB: tl.constexpr, BN: tl.constexpr
-):
-    """The maxima of tiles [first, first + NB) with ALiBi measured from the distance `nearest`; -inf beyond the end."""
+def _tile_maxima(record, workspace, first, last, slope, scoring, position, nearest, NB: tl.constexpr, BN: tl.constexpr):
+    """The maxima of tiles [first, first + NB) with ALiBi measured from the distance `nearest`; -inf from `last` on."""
     tile = first + tl.arange(0, NB)
-    largest = tl.load(record + workspace.maxima + tile, mask=tile < tiles, other=float("-inf"))
+    largest = tl.load(record + workspace.maxima + tile, mask=tile < last, other=float("-inf"))
     if scoring.slopes is not None:
         largest -= slope * (tl.abs(position - tile * BN) - nearest).to(tl.float32)
     return largest
@@ -60,13 +59,13 @@ def _bound(largest, top, scoring, STEPS: tl.constexpr, NB: tl.constexpr):
 
 @triton.jit
 def _list_active(
-    record, workspace, tiles, slope, scoring, position, nearest, bound, NB: tl.constexpr, BN: tl.constexpr
+    record, workspace, begin, end, slope, scoring, position, nearest, bound, NB: tl.constexpr, BN: tl.constexpr
 ):
-    """Lists the tiles whose maximum exceeds the bound; how many there are."""
+    """Lists the tiles of [begin, end) whose maximum exceeds the bound; how many there are."""
     places = record.to(tl.pointer_type(tl.int32)) + workspace.active
     active = 0
-    for first in range(0, tiles, NB):
-        largest = _tile_maxima(record, workspace, first, tiles, slope, scoring, position, nearest, NB, BN)
+    for first in range(begin, end, NB):
+        largest = _tile_maxima(record, workspace, first, end, slope, scoring, position, nearest, NB, BN)
         ones = (largest > bound).to(tl.int32)
         slot = active + tl.cumsum(ones, 0) - ones
         _scatter(places + slot, first + tl.arange(0, NB), ones != 0)
@@ -226,9 +225,9 @@ def _write_output(
         tl.store(pointer + dim, result.to(output.pointer.dtype.element_ty), mask=dim < VALUE_DIM)
 
 
-@triton.jit(do_not_specialize=["kv_len", "tiles"])
+@triton.jit(do_not_specialize=["kv_len"])
 def decode_output_kernel(
-    value, output, workspace, scoring, heads, kv_heads, q_len, kv_len, tiles,
+    value, output, workspace, scoring, heads, kv_heads, q_len, kv_len,
     PARTS: tl.constexpr, NB: tl.constexpr, BN: tl.constexpr, CB: tl.constexpr, SHARED_FROM: tl.constexpr,
     FEW: tl.constexpr, MANY: tl.constexpr, CV: tl.constexpr, BOUND_STEPS: tl.constexpr, STEPS: tl.constexpr,
     DV: tl.constexpr, VALUE_DIM: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -257,26 +256,28 @@ def decode_output_kernel(
     if OVERLAPS:
         gdc_wait()
         gdc_launch_dependents()
+    begin = tl.load(words + workspace.state + SPAN)
+    end = tl.load(words + workspace.state + SPAN + 1)
     slope = 0.0
     nearest = 0
     if scoring.slopes is not None:
         slope = tl.load(scoring.slopes + head) * scoring.slope_factor
         nearest = kv_len
-        for first in range(0, tiles, NB):
+        for first in range(begin, end, NB):
             tile = first + tl.arange(0, NB)
-            largest = tl.load(record + workspace.maxima + tile, mask=tile < tiles, other=float("-inf"))
+            largest = tl.load(record + workspace.maxima + tile, mask=tile < end, other=float("-inf"))
             distance = tl.abs(position - tile * BN)
             nearest = tl.minimum(nearest, tl.min(tl.where(largest > float("-inf"), distance, kv_len), 0))
-    largest = _tile_maxima(record, workspace, 0, tiles, slope, scoring, position, nearest, NB, BN)
-    for first in range(NB, tiles, NB):
-        others = _tile_maxima(record, workspace, first, tiles, slope, scoring, position, nearest, NB, BN)
+    largest = _tile_maxima(record, workspace, begin, end, slope, scoring, position, nearest, NB, BN)
+    for first in range(begin + NB, end, NB):
+        others = _tile_maxima(record, workspace, first, end, slope, scoring, position, nearest, NB, BN)
         largest = tl.maximum(largest, others)
     top = tl.max(largest, 0)
     strange = top == float("inf")  # a score that is no number, or infinite
     usable = (top > float("-inf")) & (top < float("inf"))
     bound = _bound(largest, tl.where(usable, top, 0.0), scoring, BOUND_STEPS, NB)
     bound = tl.where(usable, bound, float("inf"))
-    active = _list_active(record, workspace, tiles, slope, scoring, position, nearest, bound, NB, BN)
+    active = _list_active(record, workspace, begin, end, slope, scoring, position, nearest, bound, NB, BN)
 
     shared = False
     if SHARED_FROM is not None:

@@ -1,7 +1,9 @@
 r"""Decoding, first kernel: the scores of a few query rows against all keys, each key read once.
 
-The query rows that share a key head (the group's heads times q_len) are the rows of one matrix product. Key tiles are
-split over programs; each writes its float32 scores and each row's maximum in each tile to the row's workspace.
+The query rows that share a key head (the group's heads times q_len) are the rows of one matrix product. The tiles that
+causality, window and ALiBi's reach leave in sight of any of them (their span) are split evenly over programs; each
+writes its float32 scores and each row's maximum in each tile to the row's workspace. So the time of a head with ALiBi
+does not grow with the cache, but for the start of programs that find nothing to do.
 
 ALiBi is measured from a row's position to the key, less the distance to the first key of the tile: these differences
 are small integers, so float32 keeps them exact in a cache of any length. The second kernel adds the tile's part,
@@ -18,19 +20,20 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .device import load_rows, products_to_scores, visible_interval, visible_pairs
 
-__all__ = ["Workspace", "decode_scores_kernel"]
+__all__ = ["SPAN", "Workspace", "decode_scores_kernel"]
 
 _FAR = tl.constexpr(1 << 30)
+SPAN = tl.constexpr(16)  # of a workspace's state
 
 
 class Workspace(NamedTuple):
     """One record of 32-bit words for each query row (batch, head, row), and where its parts begin, in words.
 
-    A record holds the scores (at 0; tiles without a visible key are left unwritten), each tile's maximum, and what the
-    other kernels keep there: the tiles above the bound, the candidates' keys and scores, partial outputs of their
-    programs, and their state: the count of programs that have arrived, the number of active tiles if the third kernel
-    has the row (else 0), the bound, and each part's number of candidates. Counts and indices are int32, the rest is
-    float32.
+    A record holds the scores (at 0; tiles without a visible key are left unwritten), the maximum of each tile of the
+    row's span, and what the other kernels keep there: the tiles above the bound, the candidates' keys and scores,
+    partial outputs of their programs, and their state: the count of programs that have arrived, the number of active
+    tiles if the third kernel has the row (else 0), the bound, each part's number of candidates and, from SPAN on, the
+    first tile of the row's span and the one after its last. Counts and indices are int32, the rest is float32.
     """
 
     pointer: Any
@@ -117,9 +120,9 @@ def _visible_span(masks, batch, low, high, first_key, q_len, kv_len, Q: tl.const
     return tl.min(tl.where(seen, keys, _FAR), 0), tl.max(tl.where(seen, keys + 1, 0), 0)
 
 
-@triton.jit(do_not_specialize=["kv_len", "tiles", "splits"])
+@triton.jit(do_not_specialize=["kv_len", "splits"])
 def decode_scores_kernel(
-    query, key, workspace, norm_bound, norm_bound_batch, masks, scoring, heads, kv_heads, q_len, kv_len, tiles, splits,
+    query, key, workspace, norm_bound, norm_bound_batch, masks, scoring, heads, kv_heads, q_len, kv_len, splits,
     BM: tl.constexpr, BN: tl.constexpr, TILES: tl.constexpr, Q: tl.constexpr, SEARCH: tl.constexpr,
     LEVELS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
@@ -127,9 +130,9 @@ def decode_scores_kernel(
 
     Args:
         query, key: Rows.
-        workspace: Workspace; scores and maxima are written, the count of arrivals is set to 0.
+        workspace: Workspace; scores, maxima and span are written, the count of arrivals is set to 0.
         norm_bound: float32, at norm_bound_batch batch + kv_head at least the norm of every key, or None: not known.
-        tiles: ceil(kv_len / BN); splits: ceil(tiles / TILES).
+        splits: ceil(kv_len / (BN TILES)).
         Q: a power of two of at least q_len. SEARCH: skip tiles at either end that the masks hide.
         LEVELS: 64^LEVELS >= kv_len.
         OVERLAPS: started before the kernel ahead of it has ended.
@@ -165,9 +168,15 @@ def decode_scores_kernel(
     start = tl.maximum(start, 0)
     stop = tl.where(exists, tl.minimum(stop, kv_len), 0)
 
-    first_tile = split * TILES
-    low = tl.maximum(tl.min(tl.where(start < stop, start, _FAR), 0), first_tile * BN)
-    high = tl.minimum(tl.max(tl.where(start < stop, stop, 0), 0), (first_tile + TILES) * BN)
+    low = tl.min(tl.where(start < stop, start, _FAR), 0)
+    high = tl.max(tl.where(start < stop, stop, 0), 0)
+    span_first = tl.where(low < high, low // BN, 0)
+    span_last = tl.where(low < high, tl.cdiv(high, BN), 0)
+    share = tl.cdiv(span_last - span_first, splits)
+    first_tile = span_first + split * share
+    last_tile = tl.minimum(first_tile + share, span_last)
+    low = tl.maximum(low, first_tile * BN)
+    high = tl.minimum(high, last_tile * BN)
     if SEARCH:
         low, high = _visible_span(masks, batch, low, high, first_tile * BN, q_len, kv_len, Q, TILES * BN)
     first = first_tile
@@ -176,11 +185,15 @@ def decode_scores_kernel(
         first = low // BN
         last = tl.cdiv(high, BN)
     tile = first_tile + tl.arange(0, TILES)
-    unseen = ((tile < first) | (tile >= last)) & (tile < tiles)
+    unseen = ((tile < first) | (tile >= last)) & (tile < last_tile)
     nothing = tl.full([BM, TILES], float("-inf"), tl.float32)
     tl.store(record[:, None] + workspace.maxima + tile[None, :], nothing, mask=exists[:, None] & unseen[None, :])
     if split == 0:
-        tl.store(record + workspace.state, tl.zeros([BM], tl.float32), mask=exists)
+        words = record.to(tl.pointer_type(tl.int32)) + workspace.state
+        nought = tl.zeros([BM], tl.int32)
+        tl.store(words, nought, mask=exists)
+        tl.store(words + SPAN, nought + span_first, mask=exists)
+        tl.store(words + SPAN + 1, nought + span_last, mask=exists)
 
     at_once = tl.zeros([1, 1], tl.float32)
     for t in range(first, last):
