@@ -285,7 +285,7 @@ def tune(case: Case) -> Iterator[dict[str, Any]]:
 
     chosen = decode_launch.decode_tiles
     changes: list[dict[str, int]] = [{}]
-    changes += [{"tiles": tiles} for tiles in (1, 2, 4, 8, 16)]
+    changes += [{"tiles": tiles} for tiles in (1, 2, 4, 8, 16, 32)]
     changes += [{"keys": keys, "stages": stages} for keys in (64, 128) for stages in (1, 2, 3, 4)]
     changes += [{"warps": 8}, {"warps": 2, "keys": 64}, {"warps": 8, "keys": 256, "stages": 2}]
     changes += [{"parts": parts} for parts in (1, 2, 4, 8)]
@@ -294,8 +294,8 @@ def tune(case: Case) -> Iterator[dict[str, Any]]:
     sets = make_inputs(case)
     for change in changes:
 
-        def changed(problem: Any, change: dict[str, int] = change) -> decode_launch.DecodeTiles:
-            return chosen(problem)._replace(**change)
+        def changed(*call: Any, change: dict[str, int] = change) -> decode_launch.DecodeTiles:
+            return chosen(*call)._replace(**change)
 
         def run(change: dict[str, int] = change) -> dict[str, Any]:
             return {"change": change, "ms": round(graph_ms(_ours, sets, 30.0), 5), **kernel_microseconds(_ours, sets)}
