@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel
 
 from recipes.synthetic.tasks import Batch, Task
 
-__all__ = ["HeadDrop", "ScoreJitter", "corrupted_answers", "hardest"]
+__all__ = ["HeadDrop", "ScoreJitter", "corrupted_answers"]
 
 
 def corrupted_answers(batch: Batch, task: Task, probability: float, generator: torch.Generator) -> Batch:
@@ -176,16 +175,3 @@ class HeadDrop:
         if not projection.training or self._factors is None:
             return None
         return ((inputs[0] * self._factors[layer]).to(inputs[0].dtype),)
-
-
-@torch.no_grad()
-def hardest(batch: Batch, keep: int, sample_losses: Callable[[Batch], torch.Tensor]) -> Batch:
-    """The `keep` samples of largest loss, of a multiple of `keep` samples.
-
-    Args:
-        batch: the candidates.
-        keep: how many stay.
-        sample_losses: gives (keep,) losses of `keep` samples.
-    """
-    parts = [sample_losses(batch.select(slice(start, start + keep))) for start in range(0, len(batch), keep)]
-    return batch.select(torch.cat(parts).topk(keep).indices)

@@ -20,7 +20,7 @@ class HardReplay:
     Where eight keys are drawn of 65,536, the keys that a model confuses (two letters swapped, say) meet in one sample
     of thousands: its loss is large, and gone with the next update. Kept, such a sample comes back until its loss is no
     longer among the largest. That changes how often a drawn sample is seen, not how samples are drawn. What is kept is
-    judged by its last loss, so one that was hard by chance (corrupted, its heads left out) makes way.
+    judged by its last loss, which should have no chance in it: with heads left out, any sample may be hard.
 
     Args:
         share: of a batch that is replaced by samples seen before.

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import hf_asentmax
 from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
 from recipes.synthetic.models import build_model, load_model, outputs_at
-from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, hardest
+from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
 from recipes.synthetic.score_sizes import limit_logits, limit_scores, score_sizes
 from recipes.synthetic.settings import RunSettings
@@ -221,8 +221,6 @@ class Trainer:
         self.heads.draw(len(batch), self.data, self._eased_in())
         losses = self._losses(batch)
         loss = losses.sum() / (batch.labels != IGNORED).sum()
-        if settings.replay > 0 and self.left_plateau is not None:
-            self.replay.update(losses.detach().sum(dim=1))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.task.lr, self.step, progress, settings)
         loss.backward()
@@ -263,14 +261,29 @@ class Trainer:
         lengths = f"{batch.inputs.shape[1]} {batch.labels.shape[1]}"
         if settings.compile:
             batch = batch.padded(*self.task.padded_shape())
-        if choosing:
-            self.jitter.lowest(settings.batch, self.device)
-            self.heads.draw(settings.batch, self.data, 0.0)
-            batch = hardest(batch, settings.batch, lambda part: self._losses(part).sum(dim=1))
-        if settings.replay > 0 and self.left_plateau is not None:
+        replaying = settings.replay > 0 and self.left_plateau is not None
+        if replaying:
             batch = self.replay.mix(batch, lengths)
+        if choosing or replaying:
+            losses = self._hardness(batch)
+            if replaying:
+                self.replay.update(losses)
+            batch = batch.select(losses.topk(settings.batch).indices) if choosing else batch
         strength = self._eased_in() if settings.ease_corrupt else 1.0
         return corrupted_answers(batch, self.task, strength * settings.corrupt, self.data)
+
+    @torch.no_grad()
+    def _hardness(self, batch: Batch) -> torch.Tensor:
+        """(samples,) losses without what training adds at random, at the smallest factor that jitter has.
+
+        With noise or with heads left out any sample may have a large loss, by chance; without, only those do that the
+        model gets wrong, or nearly.
+        """
+        size = self.settings.batch
+        self.jitter.lowest(size, self.device)
+        self.heads.draw(size, self.data, 0.0)
+        starts = range(0, len(batch), size)
+        return torch.cat([self._losses(batch.select(slice(start, start + size))).sum(dim=1) for start in starts])
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         """(batch, targets) losses, 0 where the label is IGNORED."""

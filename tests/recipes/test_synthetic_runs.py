@@ -19,11 +19,11 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from recipes.recording import AttentionCall, recorded_attention
-from recipes.synthetic import evaluate, lookup, margins, measuring, model_card, report, train
+from recipes.synthetic import evaluate, lookup, margins, measuring, mistakes, model_card, report, train
 from recipes.synthetic import score_sizes as score_sizes_module
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
-from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, hardest
+from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
 from recipes.synthetic.score_sizes import limit_logits, limit_scores, score_sizes
 from recipes.synthetic.settings import RunSettings
@@ -386,14 +386,18 @@ def test_keys_without_alibi_get_noise_of_their_size() -> None:
     assert noisy is not None and bool((noisy != key).all())
 
 
-def test_hardest_keeps_the_largest_losses() -> None:
-    batch = SMALL.test_batch(12, 64, torch.Generator().manual_seed(0))
-
-    def losses(part: Batch) -> torch.Tensor:
-        return part.inputs.sum(dim=1).float()
-
-    kept = losses(hardest(batch, 4, losses))
-    assert sorted(kept.tolist()) == sorted(losses(batch).tolist())[-4:]
+def test_hard_samples_are_judged_without_chance(tmp_path: Path) -> None:
+    settings = RunSettings(steps=1, batch=4, jitter=0.5, key_noise=0.5, head_drop=0.5, hard_candidates=3, hard_from=0)
+    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
+    perturb_scalings(trainer.model)
+    candidates = SMALL.test_batch(12, 64, torch.Generator().manual_seed(0))
+    judged = trainer._hardness(candidates)
+    trainer.jitter.draw(12, candidates.inputs.shape[1], trainer.data, 1.0, trainer.noise_times)
+    trainer.heads.draw(12, trainer.data, 1.0)
+    assert judged.shape == (12,) and not torch.allclose(trainer._losses(candidates).sum(dim=1), judged)
+    torch.testing.assert_close(trainer._hardness(candidates), judged, rtol=0, atol=0)
+    kept = trainer._hardness(trainer._next_batch(0.0))
+    assert kept.shape == (4,)
 
 
 def test_hard_samples_come_again_until_they_are_no_longer_hard() -> None:
@@ -564,6 +568,40 @@ def test_a_run_learns(tmp_path: Path) -> None:
 # --- command lines
 
 
+def test_wrong_answers_are_given_to_keys(tmp_path: Path) -> None:
+    """Eight right answers, then each of them that of a pair chosen for how its key is like the query's."""
+    generator = torch.Generator().manual_seed(0)
+    letters = torch.arange(4, 20)
+    keys = torch.stack([letters[:8], letters[8:]], dim=1)
+    keys[1], keys[2], keys[3] = keys[0].flip(0), keys[0].clone(), keys[0].clone()
+    keys[2, 1], keys[3, 0] = 30, 31  # swapped, same first, same second
+    values = torch.stack([torch.arange(40, 48), torch.arange(50, 58)], dim=1)
+    batch = SMALL._assembled(keys[None], values[None], 64, 32, generator)
+    asked = batch.labels[0, :-1].view(-1, 3)[:, 1] == 40  # queries for the first pair
+    assert mistakes.mistakes(batch.labels, batch).total() == 0
+    cases = [(1, "both letters", "swapped"), (2, "first letter", "first"), (3, "second letter", "second")]
+    for given, wrong, kind in [*cases, (5, "both letters", "far")]:
+        predicted = batch.labels.clone()
+        words = predicted[0, :-1].view(-1, 3)
+        words[asked, 1] = values[given, 0] if wrong != "second letter" else 40
+        words[asked, 2] = values[given, 1] if wrong != "first letter" else 50
+        counts = mistakes.mistakes(predicted, batch)
+        assert counts == {(wrong, kind): int(asked.sum())} and counts.total() > 0
+    words[asked, 1:] = 70  # the value of no pair
+    assert mistakes.mistakes(predicted, batch) == {("both letters", "none"): int(asked.sum())}
+
+
+def test_mistakes_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["--device", "cpu", "--out", str(tmp_path), "--steps", "1", "--batch", "4", *SIZE_FLAGS]
+    train.main(["--task", "mqmtar", *common])
+    output = tmp_path / "mistakes.json"
+    run = tmp_path / "mqmtar-asentmax-nape" / "seed0"
+    mistakes.main([str(run), "--multiple", "1", "--samples", "3", "--device", "cpu", "--output", str(output)])
+    (row,) = json.loads(output.read_text())["results"]
+    assert row["queries"] == 12 and row["wrong"] == sum(sum(kinds.values()) for kinds in row["mistakes"].values())
+    assert "mqmtar-asentmax-nape seed0 at 1x: " in capsys.readouterr().out
+
+
 def test_train_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs, results = tmp_path / "runs", tmp_path / "results"
     common = ["--device", "cpu", "--out", str(runs), "--steps", "2", "--batch", "4", "--log-every", "1", *SIZE_FLAGS]
@@ -587,7 +625,12 @@ def test_train_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     report.main(["--results", str(results)])
     text = (results / "report.md").read_text()
     assert text.index("mqmtar, trained on a distribution of our own") < text.index("trained on the paper's")
-    assert "corrupt 0.5" in text and "| seed 1 |" in text and "| asentmax, paper |" in text
+    assert (
+        "- asentmax + nape (a): batch 4, corrupt 0.5" in text
+        and "**asentmax + nape (a)**" in text
+        and "| seed 1 |" in text
+        and "| asentmax, paper |" in text
+    )
     assert (results / "mqmtar-paper.png").stat().st_size > 1000 and (results / "mqmtar-own.png").exists()
 
 
@@ -609,7 +652,7 @@ def test_a_run_begins_with_another_s_weights(tmp_path: Path) -> None:
     entry = {"multiple": 1, "samples": 4, "exact_match": 0.5, "e": 0.1, "queries": 4, "queries_wrong": 2, "pairs": 8}
     result = {"run": {**summary, "header": {"device": {"name": "CPU"}}}, "lengths": [entry]}
     (group,) = report.grouped([result])
-    assert group.name.index("near misses 0.5") < group.name.index("], then")
+    assert group.changed.index("near misses 0.5") < group.changed.index("], then")
     assert "0.0" in report.markdown([group])
     with pytest.raises(FileNotFoundError, match="start-from takes the folder of a finished seed"):
         Trainer(task, replace(settings, start_from=str(tmp_path)), 0, tmp_path / "third", CPU)

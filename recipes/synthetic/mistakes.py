@@ -1,0 +1,106 @@
+"""Whose value a model trained on MQMTAR gives where it is wrong: each wrong answer by how alike the keys are.
+
+    python recipes/synthetic/mistakes.py runs/synthetic/mqmtar-asentmax-nape/seed0 --multiple 64 --samples 1000
+
+A wrong answer is given to the key in the context whose value has its wrong letters, the most alike one if there are
+several: the same letters in the other order, the same first or second letter, a letter in the other place, none in
+common (where only one letter is wrong, one key in 256 has it by chance); or to none. Needs a GPU beyond 16x.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from recipes.common import results_header, write_json
+from recipes.synthetic.evaluate import task_of
+from recipes.synthetic.margins import SEED, likenesses
+from recipes.synthetic.measuring import autocast, fixed_batches
+from recipes.synthetic.models import load_model, outputs_at
+from recipes.synthetic.tasks import Batch, Mqmtar
+
+__all__ = ["KINDS", "WRONG", "main", "mistakes"]
+
+KINDS = ("swapped", "first", "second", "crossed", "far", "none")
+WRONG = ("both letters", "first letter", "second letter")
+
+
+def mistakes(predicted: torch.Tensor, batch: Batch) -> Counter[tuple[str, str]]:
+    """How many answers are wrong, by the letters that are and by how alike the key is whose value was given.
+
+    Args:
+        predicted: (batch, targets) tokens.
+        batch: of `Mqmtar`.
+    """
+    inputs, counts = batch.inputs, Counter[tuple[str, str]]()
+    answers, labels = (tokens[:, :-1].unflatten(1, (-1, 3))[..., 1:] for tokens in (predicted, batch.labels))
+    queries = labels.shape[1]
+    for sample, number in (answers != labels).any(dim=-1).nonzero().tolist():
+        starts = (inputs[sample] == Mqmtar.KEY_VALUE).nonzero()[:, 0] - 2
+        keys, values = (inputs[sample][starts[:, None] + torch.tensor(two).to(starts)] for two in ([0, 1], [3, 4]))
+        marker = (inputs[sample] == Mqmtar.QUERY).nonzero()[:queries, 0][number]
+        asked = inputs[sample][marker + 1 : marker + 3]
+        wrong = answers[sample, number] != labels[sample, number]
+        given = ((values == answers[sample, number]) | ~wrong).all(dim=-1)
+        alike = likenesses(asked[None], keys)
+        kind = next((name for name in KINDS[:-1] if bool((alike[name][0] & given).any())), "none")
+        counts[WRONG[0] if bool(wrong.all()) else WRONG[1 if bool(wrong[0]) else 2], kind] += 1
+    return counts
+
+
+@torch.inference_mode()
+def counted(model: PreTrainedModel, task: Mqmtar, length: int, samples: int, at_once: int = 1 << 17) -> dict[str, Any]:
+    """The mistakes in samples of a length, as a results file has them."""
+    device = next(model.parameters()).device
+    counts: Counter[tuple[str, str]] = Counter()
+    size = max(1, min(256, at_once // length))
+    for on_cpu in tqdm(fixed_batches(task, length, samples, size, SEED), total=-(-samples // size), leave=False):
+        batch = on_cpu.to(device)
+        with autocast(device):
+            counts += mistakes(outputs_at(model, batch).argmax(dim=-1), batch)
+    rows = {wrong: {kind: counts[wrong, kind] for kind in KINDS} for wrong in WRONG}
+    return {"queries": samples * task.QUERIES, "pairs": task.pairs(length), "wrong": counts.total(), "mistakes": rows}
+
+
+def table(rows: dict[str, dict[str, int]]) -> str:
+    """Markdown: wrong letters down, kinds of keys across."""
+    lines = ["| wrong | " + " | ".join(KINDS) + " |", "| " + " | ".join(["---"] * (1 + len(KINDS))) + " |"]
+    return "\n".join(lines + [f"| {wrong} | " + " | ".join(str(row[kind]) for kind in KINDS) + " |"
+                              for wrong, row in rows.items()])  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; see the module's description."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished seeds, with run.json and model/")
+    parser.add_argument("--multiple", type=int, nargs="+", default=[64], help="lengths, in the longest trained on")
+    parser.add_argument("--samples", type=int, default=1000, help="of each length (default: 1000)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parsed = parser.parse_args(arguments)
+    results = []
+    for folder, multiple in itertools.product(parsed.runs, parsed.multiple):
+        task = task_of(json.loads((folder / "run.json").read_text()))
+        if not isinstance(task, Mqmtar):
+            parser.error(f"{folder} was trained on {task.name}; these are mistakes in MQMTAR")
+        model = load_model(folder / "model").to(parsed.device)
+        row = counted(model, task, multiple * task.max_length, parsed.samples)
+        results.append({"run": f"{folder.parent.name} {folder.name}", "multiple": multiple, **row})
+        tqdm.write(f"\n{results[-1]['run']} at {multiple}x: {row['wrong']} of {row['queries']:,} queries wrong")
+        tqdm.write(table(row["mistakes"]))
+    write_json(parsed.output, {**results_header(torch.device(parsed.device), [SEED]), "results": results})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
