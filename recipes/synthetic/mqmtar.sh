@@ -22,7 +22,7 @@ common=(--task mqmtar --method "$method" --out "$out" --seeds "$seed" --steps 0 
 case $distribution in
 own)
     first=(--near-misses 0.3 --near-misses-end 1 --one-letter-end 0.25)
-    second=(--near-misses 1 --near-misses-end 1 --one-letter 0.25 --one-letter-end 0.25)
+    second=(--near-misses 1 --near-misses-end 1 --one-letter 0.25 --one-letter-end 0.25 --near-crossed 0.3 --swapped 0.2)
     ;;
 paper) first=() second=() ;;
 *)

@@ -3,8 +3,8 @@
     python recipes/synthetic/report.py
 
 writes report.md and a figure for each table beside the results. Each training distribution has its own table, and each
-row says which of the training's settings differ from their defaults. Rows pool the seeds of one setting; each seed's
-row follows.
+row's letter says which of the training's settings differ from their defaults. Rows pool the seeds of one setting; each
+seed's row follows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import textwrap
 from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,7 +26,7 @@ from recipes.synthetic.measuring import wilson_interval
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import TASKS
 
-__all__ = ["TRACKS", "Group", "grouped", "in_all", "main", "markdown", "tables"]
+__all__ = ["TRACKS", "Group", "grouped", "in_all", "main", "markdown", "names", "tables"]
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
 # Settings that say nothing about how a model came to be, or have a column of their own.
@@ -46,11 +45,6 @@ class Group:
     positions: str
     changed: str
     results: tuple[dict[str, Any], ...]
-
-    @property
-    def name(self) -> str:
-        """What a row or line is called."""
-        return f"{self.method} + {self.positions}" + (f" ({self.changed})" if self.changed else "")
 
     def entries(self, multiple: int) -> list[dict[str, Any]]:
         """What each seed has at a length."""
@@ -103,7 +97,9 @@ def grouped(results: list[dict[str, Any]]) -> list[Group]:
         seeds = sorted(members, key=lambda result: result["run"]["seed"])
         made.append(Group(task, track, method, positions, changed, tuple(seeds)))
     order = list(TASKS)
-    return sorted(made, key=lambda group: (order.index(group.task), group.track, group.method, group.name))
+    return sorted(
+        made, key=lambda group: (order.index(group.task), group.track, group.method, group.positions, group.changed)
+    )
 
 
 def tables(groups: list[Group]) -> list[tuple[tuple[str, str], list[Group]]]:
@@ -112,6 +108,13 @@ def tables(groups: list[Group]) -> list[tuple[tuple[str, str], list[Group]]]:
     for group in groups:
         members[(group.task, group.track)].append(group)
     return list(members.items())
+
+
+def names(members: list[Group]) -> list[str]:
+    """What the groups of a table are called: method and positions, and a letter where settings are to be listed."""
+    letters = iter("abcdefghijklmnopqrstuvwxyz" * len(members))
+    changed = (f" ({next(letters)})" if group.changed else "" for group in members)
+    return [f"{group.method} + {group.positions}{letter}" for group, letter in zip(members, changed, strict=True)]
 
 
 def markdown(groups: list[Group]) -> str:
@@ -123,6 +126,9 @@ def markdown(groups: list[Group]) -> str:
         if task == "mqmtar":
             parts.append("The query-error law: e = wrong queries / queries / pairs, over all seeds, x 1e-6.\n")
             parts.append(_law_table(members))
+        settings = [f"- {name}: {g.changed}" for name, g in zip(names(members), members, strict=True) if g.changed]
+        if settings:
+            parts.append("Settings that are not the defaults:\n\n" + "\n".join(settings) + "\n")
     sources = "\n".join(f"- {name}: {text}" for name, text in PUBLISHED["sources"].items())
     return "# Synthetic tasks\n\n" + "\n".join(parts) + f"\nPublished rows:\n{sources}\n"
 
@@ -139,10 +145,10 @@ def _accuracy_table(task: str, members: list[Group]) -> str:
     multiples = sorted(theirs.union(*(group.multiples() for group in members)))
     header = ["exact match, %", "seeds", "samples, M", "minutes", "device", *(f"{multiple}x" for multiple in multiples)]
     rows = []
-    for group in members:
+    for name, group in zip(names(members), members, strict=True):
         runs = [result["run"] for result in group.results]
         cells = [
-            f"**{group.name}**",
+            f"**{name}**",
             str(len(runs)),
             f"{fmean(in_all(run, 'samples') for run in runs) / 1e6:.1f}",
             f"{fmean(in_all(run, 'seconds') for run in runs) / 60:.1f}",
@@ -167,7 +173,7 @@ def _with_interval(pooled: tuple[float, float, float] | None) -> str:
 def _law_table(members: list[Group]) -> str:
     multiples = sorted(set().union(*(group.multiples() for group in members)))
     rows = []
-    for group in members:
+    for name, group in zip(names(members), members, strict=True):
         cells = []
         for multiple in multiples:
             entries = group.entries(multiple)
@@ -178,7 +184,7 @@ def _law_table(members: list[Group]) -> str:
             low, high = wilson_interval(wrong, queries)
             scale = 1e6 / entries[0]["pairs"]
             cells.append(f"{wrong / queries * scale:.2g} [{low * scale:.2g}, {high * scale:.2g}]")
-        rows.append([group.name, *cells])
+        rows.append([name, *cells])
     return _table(["e x 1e6", *(f"{multiple}x" for multiple in multiples)], rows)
 
 
@@ -189,11 +195,11 @@ def figure(groups: list[Group], file: Path) -> None:
     published = PUBLISHED["exact_match"].get(task, {})
     lengths = [trained * multiple for multiple in sorted(set().union(*(group.multiples() for group in groups)))]
     drawing, (axes,) = length_axes(trained, lengths)
-    for group in groups:
+    for name, group in zip(names(groups), groups, strict=True):
         values = [(trained * multiple, group.pooled(multiple)) for multiple in sorted(group.multiples())]
         shown = [(length, *pooled) for length, pooled in values if pooled is not None]
         at, accuracy, low, high = zip(*shown, strict=True)
-        (line,) = axes.plot(at, accuracy, marker="o", linewidth=2.0, label=textwrap.fill(group.name, 46))
+        (line,) = axes.plot(at, accuracy, marker="o", linewidth=2.0, label=name)
         axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     for shade, (method, sources) in zip(("#333333", "#777777", "#aaaaaa"), published.items(), strict=False):
         for style, (source, row) in zip(("--", ":"), sources.items(), strict=False):
