@@ -39,14 +39,6 @@ class RunSettings:
     ease_corrupt: bool = flag(False, "corrupt answers only once the plateau is left, over the updates of --ease-in")
     jitter: float = flag(1.0, "scores of heads without ALiBi times a factor in [jitter, 1] per sample in training")
     jitter_law: str = flag("uniform", "law of jitter's factor: uniform, or log: its logarithm is uniform")
-    score_limit: float = flag(
-        0.0,
-        "scale down the query and key projections of a head without ALiBi while its scores' size exceeds this; "
-        "0 for no limit",
-    )
-    logit_limit: float = flag(
-        0.0, "scale down the output layer while its largest logits exceed their mean by more than this; 0 for no limit"
-    )
     channel_drop: float = flag(
         0.0, "probability with which a channel is left out of the scores of heads without ALiBi, per sample in training"
     )
@@ -107,7 +99,6 @@ class RunSettings:
             "jitter": self.jitter < 1,
             "channel-drop": self.channel_drop > 0,
             "head-drop": self.head_drop > 0,
-            "score-limit": self.score_limit > 0,
             "key-noise": self.key_noise > 0 and self.key_noise_heads != "all",
         }
         without_effect = [name for name, given in for_heads_without_alibi.items() if given]
@@ -118,13 +109,6 @@ class RunSettings:
             )
         if self.start_from and (self.projection_std or self.gamma_start):
             raise ValueError("projection-std and gamma-start set the weights at the start, which start-from gives")
-        if self.score_limit < 0 or (self.score_limit > 0 and self.qk_norm):
-            raise ValueError(
-                "score-limit must be at least 0, and 0 with qk-norm, which sets the scores' size itself; "
-                f"got {self.score_limit}"
-            )
-        if self.logit_limit < 0:
-            raise ValueError(f"logit-limit must be at least 0, got {self.logit_limit}")
         if self.ease_corrupt and self.ease_in <= 0:
             raise ValueError("ease-corrupt takes as many updates as ease-in: give --ease-in")
         if not 0 <= self.average < 1:

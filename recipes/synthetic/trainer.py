@@ -21,7 +21,6 @@ from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
 from recipes.synthetic.models import build_model, load_model, outputs_at
 from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
-from recipes.synthetic.score_sizes import limit_logits, limit_scores, score_sizes
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import IGNORED, Batch, Task
 
@@ -29,7 +28,6 @@ __all__ = ["Trainer", "learning_rate"]
 
 NOISE_STEP = 1.005  # by which key noise grows or shrinks in an update: twice as much after 140
 _FURTHER_DATA = 1_000_003  # added to the seed of a run that begins with another's weights: other samples than those
-LIMIT_EVERY, LIMIT_SAMPLES = 20, 64  # updates between two looks at the scores' size, and the samples of each
 
 
 def learning_rate(peak: float, step: int, progress: float, settings: RunSettings) -> float:
@@ -54,8 +52,6 @@ class Trainer:
 
     def __init__(self, task: Task, settings: RunSettings, seed: int, folder: Path, device: torch.device) -> None:
         self.task, self.settings, self.seed, self.folder, self.device = task, settings, seed, folder, device
-        if settings.logit_limit > 0 and task.name == "max_retrieval":
-            raise ValueError("logit-limit is for tasks of tokens; max_retrieval has a model of its own")
         torch.manual_seed(seed)
         self.model = build_model(
             task, settings.method, settings.positions, settings.attention_flags, qk_norm=settings.qk_norm
@@ -66,7 +62,7 @@ class Trainer:
         if settings.bf16_weights:
             self.model.to(torch.bfloat16)  # type: ignore[arg-type]
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.average > 0 else None
-        self._alibi_heads = alibi_heads = {"nape": task.heads // 2, "alibi": task.heads}.get(settings.positions, 0)
+        alibi_heads = {"nape": task.heads // 2, "alibi": task.heads}.get(settings.positions, 0)
         self.jitter = ScoreJitter(
             self.model,
             settings.jitter,
@@ -227,11 +223,6 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if settings.score_limit > 0 and self.step % LIMIT_EVERY == 0:
-            sizes = score_sizes(self.model, batch.select(slice(0, LIMIT_SAMPLES)))
-            limit_scores(self.model, sizes, settings.score_limit, self._alibi_heads)
-        if settings.logit_limit > 0 and self.step % LIMIT_EVERY == 0:
-            limit_logits(self.model, batch.select(slice(0, LIMIT_SAMPLES)), settings.logit_limit)
         self._move_average()
         self.loss_sum += loss.detach()
         if settings.key_noise_loss > 0 and self.left_plateau is not None:

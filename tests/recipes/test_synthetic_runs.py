@@ -18,14 +18,13 @@ import torch
 from huggingface_hub import ModelCard
 from torch import nn
 
+from hf_asentmax.integration.install import scaling_of
 from recipes.recording import AttentionCall, recorded_attention
 from recipes.synthetic import evaluate, lookup, margins, measuring, mistakes, model_card, report, train
-from recipes.synthetic import score_sizes as score_sizes_module
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
 from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
-from recipes.synthetic.score_sizes import limit_logits, limit_scores, score_sizes
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.stick_breaking import stick_breaking_attention
 from recipes.synthetic.tasks import TASKS, Batch, Mqmtar, Task
@@ -218,59 +217,6 @@ def test_changes_of_scores_come_in_after_the_plateau(tmp_path: Path) -> None:
     assert trainer._eased_in() == 1.0
 
 
-@pytest.mark.parametrize("method", ["asentmax", "entmax", "softmax", "stick_breaking"])
-def test_scores_above_the_limit_are_scaled_down(method: str) -> None:
-    torch.manual_seed(0)
-    model = build_model(SMALL, method, positions_for(method)).double().train()
-    batch = SMALL.test_batch(4, 64, torch.Generator().manual_seed(0))
-    attention = model.model.layers[0].self_attn
-    with torch.no_grad():
-        attention.q_proj.weight[2 * SMALL.head_dim : 3 * SMALL.head_dim] *= 1000
-    sizes = score_sizes(model, batch)
-    assert sizes.shape == (SMALL.layers, SMALL.heads) and model.training
-    assert int(sizes[0].argmax()) == 2 and float(sizes[0, 2]) > 100 * float(sizes[0, 1])
-    limit = float(sizes[0, 2]) / 16
-    before = [projection.weight.clone() for projection in (attention.q_proj, attention.k_proj)]
-    limit_scores(model, sizes, limit)
-    for weight, projection in zip(before, (attention.q_proj, attention.k_proj), strict=True):
-        weight[2 * SMALL.head_dim : 3 * SMALL.head_dim] /= 4
-        torch.testing.assert_close(projection.weight.detach(), weight)
-    expected = sizes[0].clamp(max=limit)
-    torch.testing.assert_close(score_sizes(model, batch)[0], expected, rtol=1e-4, atol=0)
-
-
-def test_logits_above_the_limit_are_scaled_down(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    model = build_model(SMALL, "asentmax", "nape").train()
-    batch = SMALL.test_batch(4, 64, torch.Generator().manual_seed(0)).padded(*SMALL.padded_shape())
-    with torch.no_grad():
-        model.lm_head.weight *= 100
-    weight = model.lm_head.weight.clone()
-    logits = outputs_at(model, batch)[batch.labels >= 0]
-    gap = (logits.max(-1).values - logits.mean(-1)).mean()
-    torch.testing.assert_close(limit_logits(model, batch, 5.0), gap.detach())
-    torch.testing.assert_close(model.lm_head.weight.detach(), weight * 5.0 / gap.detach())
-    torch.testing.assert_close(limit_logits(model, batch, 6.0), torch.tensor(5.0))
-    torch.testing.assert_close(model.lm_head.weight.detach(), weight * 5.0 / gap.detach())
-    trainer = Trainer(SMALL, RunSettings(steps=21, batch=8, logit_limit=0.1), 0, tmp_path, CPU)
-    trainer.run()
-    assert float(limit_logits(trainer.model, batch, 1e9)) < 0.2
-    with pytest.raises(ValueError, match="max_retrieval has a model of its own"):
-        Trainer(small("max_retrieval"), RunSettings(steps=1, logit_limit=1.0), 0, tmp_path / "sets", CPU)
-
-
-def test_a_run_keeps_scores_within_their_limit(tmp_path: Path) -> None:
-    settings = RunSettings(steps=21, batch=8, score_limit=0.01)  # looked at after the first and the last update
-    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
-    before = score_sizes(trainer.model, SMALL.test_batch(8, 64, torch.Generator().manual_seed(0)))
-    trainer.run()
-    after = score_sizes(trainer.model, SMALL.test_batch(8, 64, torch.Generator().manual_seed(0)))
-    assert bool((before > 0.01).all()) and float(after[0, 2:].max()) < 0.02
-    assert float(after[0, :2].min()) > 0.01  # of the heads with ALiBi
-    with pytest.raises(ValueError, match="0 with qk-norm"):
-        RunSettings(qk_norm=True, score_limit=1.0)
-
-
 def test_qk_norm_bounds_scores_and_is_loaded_again(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_model(SMALL, "asentmax", "nape", qk_norm=True).eval()
@@ -288,7 +234,7 @@ def test_qk_norm_bounds_scores_and_is_loaded_again(tmp_path: Path) -> None:
         build_model(small("max_retrieval"), "softmax", "nope", qk_norm=True)
 
 
-@pytest.mark.parametrize("flag", [{"jitter": 0.5}, {"channel_drop": 0.1}, {"head_drop": 0.1}, {"score_limit": 9.0}])
+@pytest.mark.parametrize("flag", [{"jitter": 0.5}, {"channel_drop": 0.1}, {"head_drop": 0.1}])
 def test_what_heads_with_alibi_do_not_have_is_refused_where_all_have_it(flag: dict[str, float]) -> None:
     RunSettings(positions="nape", **flag)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"{next(iter(flag)).replace('_', '-')} change heads without ALiBi"):
@@ -815,7 +761,14 @@ def test_recorded_attention_is_what_the_layers_compute(method: str) -> None:
     model = build_model(SMALL, method, "nape").eval()
     perturb_scalings(model)
     batch = SMALL.test_batch(2, 64, torch.Generator().manual_seed(0))
-    with torch.no_grad(), recorded_attention() as calls, score_sizes_module._recorded(model) as projected:
+    projected: list[dict[str, torch.Tensor]] = []
+    for attention in (layer.self_attn for layer in model.model.layers):
+        given: dict[str, torch.Tensor] = {}
+        modules = {"query": attention.q_proj, "key": attention.k_proj, "factor": scaling_of(attention)}
+        for name, module in modules.items():
+            module.register_forward_hook(lambda _, __, output, given=given, name=name: given.update({name: output}))
+        projected.append(given)
+    with torch.no_grad(), recorded_attention() as calls:
         recorded = outputs_at(model, batch)
     with torch.no_grad():
         assert torch.equal(recorded, outputs_at(model, batch))
