@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from recipes.synthetic.tasks import Batch, Task
 
-__all__ = ["HeadDrop", "ScoreJitter", "corrupted_answers", "corrupted_queries"]
+__all__ = ["HeadDrop", "ScoreJitter", "corrupted_answers"]
 
 
 def corrupted_answers(batch: Batch, task: Task, probability: float, generator: torch.Generator) -> Batch:
@@ -27,32 +27,6 @@ def corrupted_answers(batch: Batch, task: Task, probability: float, generator: t
     noise = torch.randint(task.FIRST_LETTER, task.data_tokens, answer.shape, generator=generator, device=answer.device)
     chosen = torch.rand(answer.shape, generator=generator, device=answer.device) < probability
     inputs[:, batch.answer_letters] = torch.where(chosen, noise, answer)
-    return replace(batch, inputs=inputs)
-
-
-def corrupted_queries(batch: Batch, task: Task, probability: float, generator: torch.Generator) -> Batch:
-    """In each query, with a probability, one letter as an input replaced by a random one; the labels stay.
-
-    What is left of a query has to be enough: a letter in its place. A model that looks for a key of the same letters in
-    any order is then wrong where a key has the letter in the other place, as one of eight keys has in one query of
-    forty; otherwise only a key of both letters in the other order confuses it, and that is one key in 65,536.
-
-    Raises:
-        ValueError: the task has no queries of several letters.
-    """
-    if probability == 0:
-        return batch
-    if batch.query_letters is None:
-        raise ValueError(f"corrupt-queries is for tasks with queries of several letters; {task.name} has none")
-    inputs = batch.inputs.clone()
-    device = inputs.device
-    queries, letters = batch.query_letters.shape
-    words = inputs[:, batch.query_letters]
-    noise = torch.randint(task.FIRST_LETTER, task.data_tokens, words.shape, generator=generator, device=device)
-    which = torch.randint(letters, (len(batch), queries, 1), generator=generator, device=device)
-    chosen = torch.rand(which.shape, generator=generator, device=device) < probability
-    chosen = chosen & (which == torch.arange(letters, device=device))
-    inputs[:, batch.query_letters] = torch.where(chosen, noise, words)
     return replace(batch, inputs=inputs)
 
 

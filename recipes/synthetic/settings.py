@@ -37,9 +37,6 @@ class RunSettings:
         0.0, "probability with which an answer token, as an input in training, becomes a random letter"
     )
     ease_corrupt: bool = flag(False, "corrupt answers only once the plateau is left, over the updates of --ease-in")
-    corrupt_queries: float = flag(
-        0.0, "probability with which one letter of a query, as an input in training, becomes a random one (MQMTAR)"
-    )
     jitter: float = flag(1.0, "scores of heads without ALiBi times a factor in [jitter, 1] per sample in training")
     jitter_law: str = flag("uniform", "law of jitter's factor: uniform, or log: its logarithm is uniform")
     channel_drop: float = flag(
@@ -57,8 +54,7 @@ class RunSettings:
     )
     ease_in: int = flag(
         0,
-        "updates over which jitter, drops, key noise and corrupted queries come in once the plateau is left; "
-        "0: on from the start",
+        "updates over which jitter, drops and key noise come in once the plateau is left; 0: on from the start",
     )
     replay: float = flag(
         0.0, "share of a batch, once the plateau is left, of samples seen before: the hardest kept, by their last loss"
@@ -93,9 +89,6 @@ class RunSettings:
             raise ValueError("a run needs an end: give --steps or --minutes")
         if self.schedule not in ("linear", "cosine"):
             raise ValueError(f"schedule must be linear or cosine, got {self.schedule!r}")
-        for name in ("corrupt", "corrupt_queries"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name.replace('_', '-')} is a probability, from 0 to 1, got {getattr(self, name)}")
         if self.jitter_law not in ("uniform", "log"):
             raise ValueError(f"jitter-law must be uniform or log, got {self.jitter_law!r}")
         if self.qk_norm and (self.jitter < 1 or self.channel_drop > 0):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import hf_asentmax
 from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
 from recipes.synthetic.models import build_model, load_model, outputs_at
-from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, corrupted_queries
+from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import IGNORED, Batch, Task
@@ -260,7 +260,6 @@ class Trainer:
             if replaying:
                 self.replay.update(losses)
             batch = batch.select(losses.topk(settings.batch).indices) if choosing else batch
-        batch = corrupted_queries(batch, self.task, self._eased_in() * settings.corrupt_queries, self.data)
         strength = self._eased_in() if settings.ease_corrupt else 1.0
         return corrupted_answers(batch, self.task, strength * settings.corrupt, self.data)
 

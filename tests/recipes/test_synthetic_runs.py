@@ -23,7 +23,7 @@ from recipes.recording import AttentionCall, recorded_attention
 from recipes.synthetic import evaluate, lookup, margins, measuring, mistakes, model_card, report, train
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
-from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, corrupted_queries
+from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.stick_breaking import stick_breaking_attention
@@ -163,29 +163,6 @@ def test_corrupted_answers_touch_answer_letters_only() -> None:
     assert torch.equal(corrupted.labels, batch.labels)
     assert corrupted.inputs[:, batch.answer_letters].min() >= SMALL.FIRST_LETTER
     assert corrupted_answers(batch, SMALL, 0.0, torch.Generator()) is batch
-
-
-def test_corrupted_queries_touch_one_letter_of_each() -> None:
-    batch = SMALL.test_batch(50, 64, torch.Generator().manual_seed(0))
-    assert batch.query_letters is not None
-    markers = (batch.inputs == SMALL.QUERY).nonzero()[:, 1].view(50, -1)[:, : SMALL.QUERIES]
-    assert torch.equal(markers[0, :, None] + torch.tensor([1, 2]), batch.query_letters) and bool(
-        (markers == markers[0]).all()
-    )
-    corrupted = corrupted_queries(batch, SMALL, 0.5, torch.Generator().manual_seed(1))
-    changed = corrupted.inputs != batch.inputs
-    in_queries = changed[:, batch.query_letters]
-    assert changed.sum() == in_queries.sum() and in_queries.sum(dim=2).max() == 1
-    assert 0.4 < in_queries.any(dim=2).float().mean() < 0.6 and 0.15 < in_queries[..., 0].float().mean() < 0.35
-    assert torch.equal(corrupted.labels, batch.labels)
-    assert corrupted_queries(batch, SMALL, 0.0, torch.Generator()) is batch
-    padded = batch.select(slice(0, 3)).padded(*SMALL.padded_shape())
-    assert padded.query_letters is batch.query_letters and batch.to("cpu").query_letters is not None
-    copy = small("copy")
-    with pytest.raises(ValueError, match="copy has none"):
-        corrupted_queries(copy.test_batch(2, 64, torch.Generator().manual_seed(0)), copy, 0.5, torch.Generator())
-    with pytest.raises(ValueError, match="corrupt-queries is a probability"):
-        RunSettings(corrupt_queries=1.5)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -429,7 +406,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
         steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, jitter_law="log", channel_drop=0.1, head_drop=0.5,
         key_noise=0.1, key_noise_loss=1e9, hard_candidates=2,
         ease_in=3, plateau=1e9, warmup=3, validations=2, validate_multiple=1, validate_samples=4,
-        alpha_start=1.1, alpha_until=0.6, ease_corrupt=True, average=0.5, replay=0.25, corrupt_queries=0.5,
+        alpha_start=1.1, alpha_until=0.6, ease_corrupt=True, average=0.5, replay=0.25,
     )  # fmt: skip
     straight, resumed = trained(tmp_path / "a", task, settings), trained(tmp_path / "b", task, settings, stops=True)
     assert len(straight.log) == 3 and len(straight.validations) == 2

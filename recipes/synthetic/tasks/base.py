@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -38,15 +38,12 @@ class Batch:
         scored_at: (targets,) int64, the positions whose outputs are scored, the same in every sample.
         labels: (batch, targets) int64, the right output at each of them, or IGNORED.
         answer_letters: (letters,) int64, the positions of answer tokens that training may corrupt as inputs.
-        query_letters: (queries, letters) int64, the positions of what is asked for, of which training may corrupt one
-            letter each as inputs; None where a task has no queries of several letters.
     """
 
     inputs: torch.Tensor
     scored_at: torch.Tensor
     labels: torch.Tensor
     answer_letters: torch.Tensor
-    query_letters: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
@@ -58,12 +55,11 @@ class Batch:
 
     def select(self, rows: torch.Tensor | slice) -> Batch:
         """Some of the samples."""
-        return replace(self, inputs=self.inputs[rows], labels=self.labels[rows])
+        return Batch(self.inputs[rows], self.scored_at, self.labels[rows], self.answer_letters)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-        tensors = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Batch(**{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
+        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
     def padded(self, length: int, targets: int) -> Batch:
         """The same samples with `length` positions and `targets` scored ones, those added being ignored.
@@ -75,7 +71,7 @@ class Batch:
         more = targets - self.scored_at.shape[0]
         scored_at = torch.nn.functional.pad(self.scored_at, (0, more))
         labels = torch.nn.functional.pad(self.labels, (0, more), value=IGNORED)
-        return replace(self, inputs=inputs, scored_at=scored_at, labels=labels)
+        return Batch(inputs, scored_at, labels, self.answer_letters)
 
     @staticmethod
     def concatenated(batches: Sequence[Batch]) -> Batch:
@@ -85,7 +81,7 @@ class Batch:
         padded = [batch.padded(length, targets) for batch in batches]
         inputs = torch.cat([batch.inputs for batch in padded])
         labels = torch.cat([batch.labels for batch in padded])
-        return replace(longest, inputs=inputs, labels=labels)
+        return Batch(inputs, longest.scored_at, labels, longest.answer_letters)
 
 
 @dataclass(frozen=True)

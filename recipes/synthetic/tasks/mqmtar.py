@@ -12,7 +12,7 @@ queries) changes the training data alone, never the test data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
@@ -138,9 +138,7 @@ class Mqmtar(Task):
         answer = torch.cat([marker, values.gather(1, asked)], dim=2).flatten(1)
         source = slots.flatten(1)
         prompt = torch.cat([self._marker(self.bos, source), source, query, self._marker(self.sep, source)], dim=1)
-        batch = self._answered(prompt, answer, corruptible=torch.arange(1, 3 * queries, 3, device=device))
-        markers = prompt.shape[1] - 1 - 3 * queries + torch.arange(0, 3 * queries, 3, device=device)
-        return replace(batch, query_letters=markers[:, None] + torch.tensor([1, 2], device=device))
+        return self._answered(prompt, answer, corruptible=torch.arange(1, 3 * queries, 3, device=device))
 
 
 def confusable(
