@@ -4,7 +4,7 @@
 #     bash recipes/synthetic/mqmtar.sh own 0          # our own training distribution, seed 0
 #     bash recipes/synthetic/mqmtar.sh paper 1        # the paper's
 #
-# METHOD is the attention (default asentmax), MINUTES and MORE_MINUTES (default 3.2 and 1.2) are the training times, OUT
+# METHOD is the attention (default asentmax), MINUTES and MORE_MINUTES (default 3.2 and 1.2) are the training times, RUNS
 # the folder, FLAGS go to both runs, MORE_FLAGS to the second alone, EVALUATE_FLAGS to its test. A run that stays on the
 # plateau is given up: try another seed.
 set -euo pipefail
@@ -16,7 +16,7 @@ if (($# > 2)); then
     echo "expected a distribution and one seed, got $*" >&2
     exit 2
 fi
-method=${METHOD:-asentmax} distribution=$1 seed=${2:-0} out=${OUT:-runs/synthetic}
+method=${METHOD:-asentmax} distribution=$1 seed=${2:-0} out=${RUNS:-runs/synthetic}
 common=(--task mqmtar --method "$method" --out "$out" --seeds "$seed" --steps 0 --corrupt 0.5 --jitter 0.4
     --key-noise 0.3 --compile --validations 1 --validate-samples 2000)
 case $distribution in

@@ -621,7 +621,7 @@ def test_mqmtar_in_two_runs(distribution: str, tmp_path: Path) -> None:
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OUT": str(tmp_path / "runs"),
+        "RUNS": str(tmp_path / "runs"),
         "FLAGS": f"{flags} --plateau 100 --log-every 1",
         "EVALUATE_FLAGS": f"--multiples 1 --samples 4 --results {results}",
     }
