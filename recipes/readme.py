@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from recipes.benchmark import attention_report, decode_report
 from recipes.common import short_commit
 from recipes.synthetic.model_card import best
-from recipes.synthetic.report import grouped, in_all, tables
+from recipes.synthetic.report import TRACKS, grouped, in_all, tables
 
 RECIPES = Path(__file__).resolve().parent
 README = RECIPES.parent / "README.md"
@@ -237,14 +237,15 @@ def synthetic(*contents: dict[str, Any]) -> str:
         group = best(members)
         runs = [result["run"] for result in group.results]
         pooled = {multiple: group.pooled(multiple) for multiple in shown}
-        rows.append([f"ours: ASEntmax + NAPE, {_DATA[track]}", *(f"{p[0]:.1f}" if p else "" for p in pooled.values())])
+        shares = (f"{found[0]:.1f}" if found else "" for found in pooled.values())
+        rows.append([f"ours: ASEntmax + NAPE, trained on {TRACKS[track]}", *shares])
         last = max(multiple for multiple in shown if pooled[multiple])
         _, low, high = pooled[last] or (0.0, 0.0, 0.0)
         each = ", ".join(f"{100 * entry['exact_match']:.1f}" for entry in group.entries(last))
         many = len(runs) > 1
         notes.append(
-            f"{_DATA[track]}: {len(runs)} seed{'s' if many else ''} ({each} at {last}x; 95% interval of the "
-            f"{sum(entry['samples'] for entry in group.entries(last))} samples {low:.1f} to {high:.1f}), "
+            f"trained on {TRACKS[track]}: {len(runs)} seed{'s' if many else ''} ({each} at {last}x; 95% interval of "
+            f"the {sum(entry['samples'] for entry in group.entries(last))} samples {low:.1f} to {high:.1f}), "
             f"{'each ' if many else ''}{fmean(in_all(run, 'samples') for run in runs) / 1e6:.1f}M samples in "
             f"{fmean(in_all(run, 'seconds') for run in runs) / 60:.1f} minutes of one GPU"
         )
@@ -256,18 +257,16 @@ def synthetic(*contents: dict[str, Any]) -> str:
         [
             "Multi-query multi-token associative recall, trained on at most 64 tokens, exact match in %:",
             markdown_table(["", *(f"{64 * multiple:,} ({multiple}x)" for multiple in shown)], rows),
-            f"Ours, {'; '.join(notes)}; there another seed stayed on the loss's plateau and was "
-            "given up. Our own training data have near misses among keys and values, so their row is "
-            "no comparison with the published ones (the paper's, best of 3 seeds, and an independent group's, both on "
-            "the paper's data); no other attention was trained on either by us yet. Tables, figures and what else was "
+            f"Ours, {'; '.join(notes)}; there another seed stayed on the loss's plateau and "
+            "was given up. Our own training data have near misses among keys and values, so their row is no comparison "
+            "with the published ones (the paper's, best of 3 seeds, and an independent group's, both on the paper's "
+            "data); no other attention was trained on either by us yet. Tables, figures and what else was "
             "tried: [recipes/synthetic](recipes/synthetic/README.md); model cards: [own](model_cards/mqmtar-own.md), "
             "[paper](model_cards/mqmtar-paper.md).",
             *origins,
         ]
     )
 
-
-_DATA = {"own": "own training data", "paper": "the paper's training data"}
 
 # What a block is made of: the results files that a pattern matches, and what writes it.
 BLOCKS: dict[str, tuple[str, Callable[..., str]]] = {

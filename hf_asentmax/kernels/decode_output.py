@@ -244,6 +244,7 @@ def decode_output_kernel(
         CV: values gathered together.
         OVERLAPS: started before the kernel ahead of it has ended.
     """
+    tl.static_assert(3 + PARTS <= SPAN)  # the parts' counts lie before the span
     row = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
     group = row // q_len

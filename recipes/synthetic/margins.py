@@ -66,10 +66,9 @@ def lookups(model: PreTrainedModel, task: Mqmtar, samples: int) -> Iterator[dict
     """
     (batch,) = fixed_batches(task, task.max_length, samples, samples, SEED)
     inputs = batch.inputs
-    starts = (inputs == task.KEY_VALUE).nonzero()[:, 1].view(samples, -1) - 2
+    starts = task.key_starts(inputs)
     keys = torch.stack([inputs.gather(1, starts), inputs.gather(1, starts + 1)], dim=-1)
-    markers = (inputs == task.QUERY).nonzero()[:, 1].view(samples, -1)
-    asked, answered = markers.chunk(2, dim=1)
+    asked, answered = task.query_markers(inputs)
     queries = torch.stack([inputs.gather(1, asked + 1), inputs.gather(1, asked + 2)], dim=-1)
     right = (keys[:, None] == queries[:, :, None]).all(dim=-1).float().argmax(dim=-1)
     kinds = likenesses(queries.flatten(0, 1), keys.flatten(0, 1))

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from recipes.synthetic.models import outputs_at
 from recipes.synthetic.tasks import IGNORED, Batch, Task
 
-__all__ = ["TEST_SEED", "VALIDATION_SEED", "autocast", "fixed_batches", "measure", "wilson_interval"]
+__all__ = ["TEST_SEED", "VALIDATION_SEED", "autocast", "fixed_batches", "measure", "predictions", "wilson_interval"]
 
 TEST_SEED, VALIDATION_SEED = 1, 2
 
@@ -51,6 +51,20 @@ def fixed_batches(task: Task, length: int, samples: int, batch_size: int, seed: 
 
 
 @torch.inference_mode()
+def predictions(
+    model: PreTrainedModel, task: Task, length: int, samples: int, seed: int, tokens_at_once: int = 1 << 17
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """The fixed samples of a length in batches, on the model's device, with its (batch, targets) predicted tokens."""
+    device = next(model.parameters()).device
+    batch_size = max(1, min(256, tokens_at_once // length))
+    for on_cpu in fixed_batches(task, length, samples, batch_size, seed):
+        batch = on_cpu.to(device)
+        with autocast(device):
+            predicted = outputs_at(model, batch).argmax(dim=-1)
+        yield batch, predicted
+
+
+@torch.inference_mode()
 def measure(
     model: PreTrainedModel,
     task: Task,
@@ -74,16 +88,9 @@ def measure(
         exact_match and token_accuracy with the samples behind them and exact match's 95% interval; for a task of
         queries also the query-error law's e = (wrong queries / queries) / pairs with its interval.
     """
-    device = next(model.parameters()).device
-    batch_size = max(1, min(256, tokens_at_once // length))
     done = exact = tokens = tokens_right = queries = queries_right = input_length = 0
     start = time.monotonic()
-    for on_cpu in fixed_batches(task, length, samples, batch_size, seed):
-        if done and time.monotonic() - start > 60 * minutes:
-            break
-        batch = on_cpu.to(device)
-        with autocast(device):
-            predicted = outputs_at(model, batch).argmax(dim=-1)
+    for batch, predicted in predictions(model, task, length, samples, seed, tokens_at_once):
         counts = batch.labels != IGNORED
         right = (predicted == batch.labels) | ~counts
         done += len(batch)
@@ -95,6 +102,8 @@ def measure(
         if answered is not None:
             queries += answered.numel()
             queries_right += int(answered.sum())
+        if time.monotonic() - start > 60 * minutes:
+            break
     result: dict[str, Any] = {
         "length": length,
         "input_tokens": input_length,

@@ -10,7 +10,6 @@ common (where only one letter is wrong, one key in 256 has it by chance); or to 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 from collections import Counter
@@ -26,30 +25,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.common import results_header, write_json
 from recipes.synthetic.evaluate import task_of
 from recipes.synthetic.margins import SEED, likenesses
-from recipes.synthetic.measuring import autocast, fixed_batches
-from recipes.synthetic.models import load_model, outputs_at
+from recipes.synthetic.measuring import predictions
+from recipes.synthetic.models import load_model
 from recipes.synthetic.tasks import Batch, Mqmtar
 
-__all__ = ["KINDS", "WRONG", "main", "mistakes"]
+__all__ = ["KINDS", "WRONG", "counted", "main", "mistakes"]
 
 KINDS = ("swapped", "first", "second", "crossed", "far", "none")
 WRONG = ("both letters", "first letter", "second letter")
 
 
-def mistakes(predicted: torch.Tensor, batch: Batch) -> Counter[tuple[str, str]]:
+def mistakes(task: Mqmtar, predicted: torch.Tensor, batch: Batch) -> Counter[tuple[str, str]]:
     """How many answers are wrong, by the letters that are and by how alike the key is whose value was given.
 
     Args:
         predicted: (batch, targets) tokens.
-        batch: of `Mqmtar`.
+        batch: of the task.
     """
     inputs, counts = batch.inputs, Counter[tuple[str, str]]()
     answers, labels = (tokens[:, :-1].unflatten(1, (-1, 3))[..., 1:] for tokens in (predicted, batch.labels))
-    queries = labels.shape[1]
+    starts, (markers, _) = task.key_starts(inputs), task.query_markers(inputs)
     for sample, number in (answers != labels).any(dim=-1).nonzero().tolist():
-        starts = (inputs[sample] == Mqmtar.KEY_VALUE).nonzero()[:, 0] - 2
-        keys, values = (inputs[sample][starts[:, None] + torch.tensor(two).to(starts)] for two in ([0, 1], [3, 4]))
-        marker = (inputs[sample] == Mqmtar.QUERY).nonzero()[:queries, 0][number]
+        keys, values = (inputs[sample][starts[sample, :, None] + starts.new_tensor(two)] for two in ([0, 1], [3, 4]))
+        marker = markers[sample, number]
         asked = inputs[sample][marker + 1 : marker + 3]
         wrong = answers[sample, number] != labels[sample, number]
         given = ((values == answers[sample, number]) | ~wrong).all(dim=-1)
@@ -60,15 +58,13 @@ def mistakes(predicted: torch.Tensor, batch: Batch) -> Counter[tuple[str, str]]:
 
 
 @torch.inference_mode()
-def counted(model: PreTrainedModel, task: Mqmtar, length: int, samples: int, at_once: int = 1 << 17) -> dict[str, Any]:
+def counted(model: PreTrainedModel, task: Mqmtar, length: int, samples: int) -> dict[str, Any]:
     """The mistakes in samples of a length, as a results file has them."""
-    device = next(model.parameters()).device
     counts: Counter[tuple[str, str]] = Counter()
-    size = max(1, min(256, at_once // length))
-    for on_cpu in tqdm(fixed_batches(task, length, samples, size, SEED), total=-(-samples // size), leave=False):
-        batch = on_cpu.to(device)
-        with autocast(device):
-            counts += mistakes(outputs_at(model, batch).argmax(dim=-1), batch)
+    with tqdm(total=samples, unit="sample", leave=False) as bar:
+        for batch, predicted in predictions(model, task, length, samples, SEED):
+            counts += mistakes(task, predicted, batch)
+            bar.update(len(batch))
     rows = {wrong: {kind: counts[wrong, kind] for kind in KINDS} for wrong in WRONG}
     return {"queries": samples * task.QUERIES, "pairs": task.pairs(length), "wrong": counts.total(), "mistakes": rows}
 
@@ -90,15 +86,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     parsed = parser.parse_args(arguments)
     results = []
-    for folder, multiple in itertools.product(parsed.runs, parsed.multiple):
+    for folder in parsed.runs:
         task = task_of(json.loads((folder / "run.json").read_text()))
         if not isinstance(task, Mqmtar):
             parser.error(f"{folder} was trained on {task.name}; these are mistakes in MQMTAR")
         model = load_model(folder / "model").to(parsed.device)
-        row = counted(model, task, multiple * task.max_length, parsed.samples)
-        results.append({"run": f"{folder.parent.name} {folder.name}", "multiple": multiple, **row})
-        tqdm.write(f"\n{results[-1]['run']} at {multiple}x: {row['wrong']} of {row['queries']:,} queries wrong")
-        tqdm.write(table(row["mistakes"]))
+        for multiple in parsed.multiple:
+            row = counted(model, task, multiple * task.max_length, parsed.samples)
+            results.append({"run": f"{folder.parent.name} {folder.name}", "multiple": multiple, **row})
+            tqdm.write(f"\n{results[-1]['run']} at {multiple}x: {row['wrong']} of {row['queries']:,} queries wrong")
+            tqdm.write(table(row["mistakes"]))
     write_json(parsed.output, {**results_header(torch.device(parsed.device), [SEED]), "results": results})
 
 

@@ -16,6 +16,7 @@ from collections import defaultdict
 from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
+from string import ascii_lowercase
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -112,7 +113,7 @@ def tables(groups: list[Group]) -> list[tuple[tuple[str, str], list[Group]]]:
 
 def names(members: list[Group]) -> list[str]:
     """What the groups of a table are called: method and positions, and a letter where settings are to be listed."""
-    letters = iter("abcdefghijklmnopqrstuvwxyz" * len(members))
+    letters = (first + last for first in ("", *ascii_lowercase) for last in ascii_lowercase)
     changed = (f" ({next(letters)})" if group.changed else "" for group in members)
     return [f"{group.method} + {group.positions}{letter}" for group, letter in zip(members, changed, strict=True)]
 

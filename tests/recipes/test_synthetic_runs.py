@@ -342,8 +342,12 @@ def test_hard_samples_are_judged_without_chance(tmp_path: Path) -> None:
     trainer.heads.draw(12, trainer.data, 1.0)
     assert judged.shape == (12,) and not torch.allclose(trainer._losses(candidates).sum(dim=1), judged)
     torch.testing.assert_close(trainer._hardness(candidates), judged, rtol=0, atol=0)
+    states = [generator.get_state() for generator in (trainer.data, trainer.shapes)]
+    drawn = SMALL.training_batch(12, trainer.data, trainer.shapes, 0.0)
+    for generator, state in zip((trainer.data, trainer.shapes), states, strict=True):
+        generator.set_state(state)
     kept = trainer._hardness(trainer._next_batch(0.0))
-    assert kept.shape == (4,)
+    torch.testing.assert_close(kept, trainer._hardness(drawn).topk(4).values)
 
 
 def test_hard_samples_come_again_until_they_are_no_longer_hard() -> None:
@@ -514,8 +518,8 @@ def test_a_run_learns(tmp_path: Path) -> None:
 # --- command lines
 
 
-def test_wrong_answers_are_given_to_keys(tmp_path: Path) -> None:
-    """Eight right answers, then each of them that of a pair chosen for how its key is like the query's."""
+def test_wrong_answers_are_given_to_keys() -> None:
+    """Queries for the first pair get right answers, then those of pairs chosen for how their keys are like its key."""
     generator = torch.Generator().manual_seed(0)
     letters = torch.arange(4, 20)
     keys = torch.stack([letters[:8], letters[8:]], dim=1)
@@ -524,17 +528,17 @@ def test_wrong_answers_are_given_to_keys(tmp_path: Path) -> None:
     values = torch.stack([torch.arange(40, 48), torch.arange(50, 58)], dim=1)
     batch = SMALL._assembled(keys[None], values[None], 64, 32, generator)
     asked = batch.labels[0, :-1].view(-1, 3)[:, 1] == 40  # queries for the first pair
-    assert mistakes.mistakes(batch.labels, batch).total() == 0
+    assert mistakes.mistakes(SMALL, batch.labels, batch).total() == 0
     cases = [(1, "both letters", "swapped"), (2, "first letter", "first"), (3, "second letter", "second")]
     for given, wrong, kind in [*cases, (5, "both letters", "far")]:
         predicted = batch.labels.clone()
         words = predicted[0, :-1].view(-1, 3)
         words[asked, 1] = values[given, 0] if wrong != "second letter" else 40
         words[asked, 2] = values[given, 1] if wrong != "first letter" else 50
-        counts = mistakes.mistakes(predicted, batch)
+        counts = mistakes.mistakes(SMALL, predicted, batch)
         assert counts == {(wrong, kind): int(asked.sum())} and counts.total() > 0
     words[asked, 1:] = 70  # the value of no pair
-    assert mistakes.mistakes(predicted, batch) == {("both letters", "none"): int(asked.sum())}
+    assert mistakes.mistakes(SMALL, predicted, batch) == {("both letters", "none"): int(asked.sum())}
 
 
 def test_mistakes_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -633,6 +637,7 @@ def test_mqmtar_in_two_runs(distribution: str, tmp_path: Path) -> None:
     result = json.loads((results / f"mqmtar-asentmax-nape-{distribution}-seed0.json").read_text())
     assert result["run"]["track"] == distribution and result["run"]["started_from"]["samples"] > 0
     assert result["run"]["settings"]["head_drop"] == 0.75
+    assert result["run"]["task_settings"]["swapped"] == (0.2 if distribution == "own" else 0.0)
     shown = run(["bash", script, "--help"]).stdout
     assert shown.startswith("MQMTAR in two runs") and "MORE_MINUTES" in shown and "set -" not in shown
     refused = run(["bash", script, "mine"])

@@ -93,6 +93,15 @@ class Mqmtar(Task):
         answer = 3 * self.max_queries + 1
         return self.max_length + 3 * self.max_queries + 2 + answer, answer
 
+    def key_starts(self, inputs: torch.Tensor) -> torch.Tensor:
+        """(batch, pairs) positions of the keys' first letters; the value's are three and four further."""
+        return (inputs == self.KEY_VALUE).nonzero()[:, 1].view(len(inputs), -1) - 2
+
+    def query_markers(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, queries) positions of the markers before the queries' letters, and before the answers'."""
+        asked, answered = (inputs == self.QUERY).nonzero()[:, 1].view(len(inputs), -1).chunk(2, dim=1)
+        return asked, answered
+
     def queries_right(self, right: torch.Tensor) -> torch.Tensor:
         return right[:, :-1].unflatten(1, (-1, 3))[..., 1:].all(dim=2)
 
@@ -185,13 +194,17 @@ def swapped(words: torch.Tensor, share: float, generator: torch.Generator) -> to
     half = words.shape[1] // 2
     alternative = torch.cat([words[:, :half], words[:, :half].flip(-1), words[:, 2 * half :]], dim=1)
     codes = alternative[..., 0] * (Mqmtar.FIRST_LETTER + Mqmtar.LETTERS) + alternative[..., 1]
-    chosen = torch.rand(words.shape[0], generator=generator, device=words.device) < share
-    return torch.where((chosen & ~has_repeats(codes))[:, None, None], alternative, words)
+    return _some_rows(words, alternative, share, generator, codes)
 
 
 def _some_rows(
-    words: torch.Tensor, alternative: torch.Tensor, share: float, generator: torch.Generator
+    words: torch.Tensor,
+    alternative: torch.Tensor,
+    share: float,
+    generator: torch.Generator,
+    codes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`alternative` in a share of the rows, but never in a row where it repeats a word."""
-    chosen = torch.rand(words.shape[0], generator=generator, device=words.device) < share
-    return torch.where((chosen & ~has_repeats(alternative))[:, None], alternative, words)
+    """`alternative` in a share of the rows, but never in a row where it repeats a word (`codes`: a number for each)."""
+    repeated = has_repeats(alternative if codes is None else codes)
+    chosen = (torch.rand(words.shape[0], generator=generator, device=words.device) < share) & ~repeated
+    return torch.where(chosen.view(-1, *[1] * (words.ndim - 1)), alternative, words)
