@@ -51,8 +51,13 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def decode_tiles(problem: Problem) -> DecodeTiles:
-    """Sizes for a call: enough programs to fill the GPU at batch 1, few enough that none is idle for long."""
+def decode_tiles(problem: Problem, reaches: bool = False) -> DecodeTiles:
+    """Sizes for a call: enough programs to fill the GPU at batch 1, few enough that none is idle for long.
+
+    Args:
+        reaches: some heads see a short span only, whatever the cache's length; the start of their many programs is
+            what they cost, so programs are fewer.
+    """
     batch, heads, q_len, _ = problem.query.shape
     kv_heads, kv_len = problem.key.shape[1:3]
     processors = _multiprocessors(problem.query.device)
@@ -64,7 +69,7 @@ def decode_tiles(problem: Problem) -> DecodeTiles:
         keys = 32 if problem.width <= 128 else 16
     stages = 1 if exact else 3 if problem.width <= 64 or kv_len >= 65536 else 2
     groups = batch * kv_heads * -(-shared_rows // rows)
-    tiles = 8 if q_len <= 4 else 4
+    tiles = 4 if q_len > 4 else 32 if reaches and q_len == 1 else 8
     while tiles > 1 and groups * -(-kv_len // (keys * tiles)) < 6 * processors:
         tiles //= 2
     parts = min(8, max(1, 2 * processors // max(1, batch * heads * q_len)))
@@ -110,7 +115,7 @@ def decode(
             key that is provably too far away. The result is the same without.
         sizes: instead of decode_tiles's choice.
     """
-    sizes = sizes or decode_tiles(problem)
+    sizes = sizes or decode_tiles(problem, reaches=key_norm_bound is not None and problem.scoring.slopes is not None)
     batch, heads, q_len, _ = problem.query.shape
     kv_heads, kv_len = problem.key.shape[1:3]
     tiles = -(-kv_len // sizes.keys)

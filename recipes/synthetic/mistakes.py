@@ -4,7 +4,9 @@
 
 A wrong answer is given to the key in the context whose value has its wrong letters, the most alike one if there are
 several: the same letters in the other order, the same first or second letter, a letter in the other place, none in
-common (where only one letter is wrong, one key in 256 has it by chance); or to none. Needs a GPU beyond 16x.
+common (where only one letter is wrong, one key in 256 has it by chance); or to none. Second letters that come from a
+value whose first letter is the right one are counted apart: such a model still looks the second letter up by the first.
+Needs a GPU beyond 16x.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from recipes.synthetic.tasks import Batch, Mqmtar
 __all__ = ["KINDS", "WRONG", "counted", "main", "mistakes"]
 
 KINDS = ("swapped", "first", "second", "crossed", "far", "none")
-WRONG = ("both letters", "first letter", "second letter")
+WRONG = ("both letters", "first letter", "second letter", "second letter, after the right first")
 
 
 def mistakes(task: Mqmtar, predicted: torch.Tensor, batch: Batch) -> Counter[tuple[str, str]]:
@@ -51,9 +53,12 @@ def mistakes(task: Mqmtar, predicted: torch.Tensor, batch: Batch) -> Counter[tup
         asked = inputs[sample][marker + 1 : marker + 3]
         wrong = answers[sample, number] != labels[sample, number]
         given = ((values == answers[sample, number]) | ~wrong).all(dim=-1)
-        alike = likenesses(asked[None], keys)
-        kind = next((name for name in KINDS[:-1] if bool((alike[name][0] & given).any())), "none")
-        counts[WRONG[0] if bool(wrong.all()) else WRONG[1 if bool(wrong[0]) else 2], kind] += 1
+        alike = {name: found[0] & given for name, found in likenesses(asked[None], keys).items()}
+        kind = next((name for name in KINDS[:-1] if bool(alike[name].any())), "none")
+        which = 0 if bool(wrong.all()) else 1 if bool(wrong[0]) else 2
+        if which == 2 and kind != "none" and bool((values[alike[kind], 0] == labels[sample, number, 0]).any()):
+            which = 3
+        counts[WRONG[which], kind] += 1
     return counts
 
 

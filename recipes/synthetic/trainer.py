@@ -255,13 +255,14 @@ class Trainer:
         replaying = settings.replay > 0 and self.left_plateau is not None
         if replaying:
             batch = self.replay.mix(batch, lengths)
+        strength = self._eased_in() if settings.ease_corrupt else 1.0
+        batch = corrupted_answers(batch, self.task, strength * settings.corrupt, self.data)
         if choosing or replaying:
-            losses = self._hardness(batch)
+            losses = self._hardness(batch)  # with corrupted answers, which give nothing away; kept samples are without
             if replaying:
                 self.replay.update(losses)
             batch = batch.select(losses.topk(settings.batch).indices) if choosing else batch
-        strength = self._eased_in() if settings.ease_corrupt else 1.0
-        return corrupted_answers(batch, self.task, strength * settings.corrupt, self.data)
+        return batch
 
     @torch.no_grad()
     def _hardness(self, batch: Batch) -> torch.Tensor:

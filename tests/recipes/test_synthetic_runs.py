@@ -526,14 +526,16 @@ def test_wrong_answers_are_given_to_keys() -> None:
     keys[1], keys[2], keys[3] = keys[0].flip(0), keys[0].clone(), keys[0].clone()
     keys[2, 1], keys[3, 0] = 30, 31  # swapped, same first, same second
     values = torch.stack([torch.arange(40, 48), torch.arange(50, 58)], dim=1)
+    values[4, 0] = 40  # as the first pair's
     batch = SMALL._assembled(keys[None], values[None], 64, 32, generator)
-    asked = batch.labels[0, :-1].view(-1, 3)[:, 1] == 40  # queries for the first pair
+    asked = batch.labels[0, :-1].view(-1, 3)[:, 2] == 50  # queries for the first pair
     assert mistakes.mistakes(SMALL, batch.labels, batch).total() == 0
     cases = [(1, "both letters", "swapped"), (2, "first letter", "first"), (3, "second letter", "second")]
-    for given, wrong, kind in [*cases, (5, "both letters", "far")]:
+    cases += [(4, "second letter, after the right first", "far"), (5, "both letters", "far")]
+    for given, wrong, kind in cases:
         predicted = batch.labels.clone()
         words = predicted[0, :-1].view(-1, 3)
-        words[asked, 1] = values[given, 0] if wrong != "second letter" else 40
+        words[asked, 1] = values[given, 0] if not wrong.startswith("second letter") else 40
         words[asked, 2] = values[given, 1] if wrong != "first letter" else 50
         counts = mistakes.mistakes(SMALL, predicted, batch)
         assert counts == {(wrong, kind): int(asked.sum())} and counts.total() > 0
