@@ -281,7 +281,7 @@ def attempt(run: Callable[[], dict[str, Any]], name: str) -> dict[str, Any]:
 
 def tune(case: Case) -> Iterator[dict[str, Any]]:
     """Times of ours with one or two sizes changed from what decode_tiles chooses."""
-    from hf_asentmax.kernels import decode_launch
+    from hf_asentmax.kernels import decode_launch, launching
 
     chosen = decode_launch.decode_tiles
     changes: list[dict[str, int]] = [{}]
@@ -301,8 +301,10 @@ def tune(case: Case) -> Iterator[dict[str, Any]]:
             return {"change": change, "ms": round(graph_ms(_ours, sets, 30.0), 5), **kernel_microseconds(_ours, sets)}
 
         decode_launch.decode_tiles = changed
+        launching.forget()  # the launches of the sizes before
         yield attempt(run, str(change))
     decode_launch.decode_tiles = chosen
+    launching.forget()
 
 
 def main() -> None:
