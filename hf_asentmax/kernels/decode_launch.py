@@ -70,7 +70,7 @@ def decode_tiles(problem: Problem, reaches: bool = False) -> DecodeTiles:
     stages = 1 if exact else 3 if problem.width <= 64 or kv_len >= 65536 else 2
     groups = batch * kv_heads * -(-shared_rows // rows)
     tiles = 4 if q_len > 4 else 32 if reaches and q_len == 1 else 8
-    while tiles > 1 and groups * -(-kv_len // (keys * tiles)) < 6 * processors:
+    while tiles > 1 and groups * -(-kv_len // (keys * tiles)) < (3 if tiles > 8 else 6) * processors:
         tiles //= 2
     parts = min(8, max(1, 2 * processors // max(1, batch * heads * q_len)))
     values = 64 if problem.width <= 128 else 32

@@ -75,6 +75,37 @@ def _list_active(
 
 
 @triton.jit
+def _active_tiles(
+    record, workspace, begin, end, slope, scoring, position, kv_len,
+    BOUND_STEPS: tl.constexpr, NB: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Lists the tiles of [begin, end) that can hold support, NB at a time.
+
+    Returns:
+        The distance of the nearest tile with a visible key (0 without ALiBi), the largest score (not finite if there is
+        none, or one that is no number), the lower bound on tau, and the number of tiles listed.
+    """
+    nearest = begin * 0
+    if scoring.slopes is not None:
+        nearest = nearest + kv_len
+        for first in range(begin, end, NB):
+            tile = first + tl.arange(0, NB)
+            largest = tl.load(record + workspace.maxima + tile, mask=tile < end, other=float("-inf"))
+            distance = tl.abs(position - tile * BN)
+            nearest = tl.minimum(nearest, tl.min(tl.where(largest > float("-inf"), distance, kv_len), 0))
+    largest = _tile_maxima(record, workspace, begin, end, slope, scoring, position, nearest, NB, BN)
+    for first in range(begin + NB, end, NB):
+        others = _tile_maxima(record, workspace, first, end, slope, scoring, position, nearest, NB, BN)
+        largest = tl.maximum(largest, others)
+    top = tl.max(largest, 0)
+    usable = (top > float("-inf")) & (top < float("inf"))
+    bound = _bound(largest, tl.where(usable, top, 0.0), scoring, BOUND_STEPS, NB)
+    bound = tl.where(usable, bound, float("inf"))
+    active = _list_active(record, workspace, begin, end, slope, scoring, position, nearest, bound, NB, BN)
+    return nearest, top, bound, active
+
+
+@triton.jit
 def _list_candidates(
     record, workspace, begin, end, keys_at, scores_at, slope, scoring, position, nearest, bound,
     CB: tl.constexpr, BN: tl.constexpr,
@@ -237,7 +268,7 @@ def decode_output_kernel(
     Args:
         value, output: Rows.
         workspace: Workspace, as decode_scores_kernel left it.
-        NB: tiles looked at together. CB: active tiles whose keys are looked at together.
+        NB: tiles looked at together (FEW, where ALiBi's reach leaves no more). CB: active tiles whose keys are.
         SHARED_FROM: active tiles from which on a row is left to decode_flat_kernel, or None: there is none.
         FEW: candidates that are solved in registers, else MANY at a time. BOUND_STEPS and STEPS: most steps of
             Newton's method on the tile maxima and on the candidates.
@@ -260,25 +291,25 @@ def decode_output_kernel(
     begin = tl.load(words + workspace.state + SPAN)
     end = tl.load(words + workspace.state + SPAN + 1)
     slope = 0.0
-    nearest = 0
     if scoring.slopes is not None:
         slope = tl.load(scoring.slopes + head) * scoring.slope_factor
-        nearest = kv_len
-        for first in range(begin, end, NB):
-            tile = first + tl.arange(0, NB)
-            largest = tl.load(record + workspace.maxima + tile, mask=tile < end, other=float("-inf"))
-            distance = tl.abs(position - tile * BN)
-            nearest = tl.minimum(nearest, tl.min(tl.where(largest > float("-inf"), distance, kv_len), 0))
-    largest = _tile_maxima(record, workspace, begin, end, slope, scoring, position, nearest, NB, BN)
-    for first in range(begin + NB, end, NB):
-        others = _tile_maxima(record, workspace, first, end, slope, scoring, position, nearest, NB, BN)
-        largest = tl.maximum(largest, others)
-    top = tl.max(largest, 0)
-    strange = top == float("inf")  # a score that is no number, or infinite
+    nearest = begin * 0
+    top = slope + float("inf")
+    bound = top
+    active = begin * 0
+    few = False
+    if NB > FEW and scoring.slopes is not None:
+        few = end - begin <= FEW  # a head with ALiBi in a long cache; fewer tiles take less time
+        if few:
+            nearest, top, bound, active = _active_tiles(
+                record, workspace, begin, end, slope, scoring, position, kv_len, BOUND_STEPS, FEW, BN
+            )
+    if not few:
+        nearest, top, bound, active = _active_tiles(
+            record, workspace, begin, end, slope, scoring, position, kv_len, BOUND_STEPS, NB, BN
+        )
     usable = (top > float("-inf")) & (top < float("inf"))
-    bound = _bound(largest, tl.where(usable, top, 0.0), scoring, BOUND_STEPS, NB)
-    bound = tl.where(usable, bound, float("inf"))
-    active = _list_active(record, workspace, begin, end, slope, scoring, position, nearest, bound, NB, BN)
+    strange = top == float("inf")  # a score that is no number, or infinite
 
     shared = False
     if SHARED_FROM is not None:

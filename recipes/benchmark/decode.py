@@ -294,8 +294,8 @@ def tune(case: Case) -> Iterator[dict[str, Any]]:
     sets = make_inputs(case)
     for change in changes:
 
-        def changed(problem: Any, change: dict[str, int] = change, **reaches: bool) -> decode_launch.DecodeTiles:
-            return chosen(problem, **reaches)._replace(**change)
+        def changed(problem: Any, reaches: bool = False, change: dict[str, int] = change) -> decode_launch.DecodeTiles:
+            return chosen(problem, reaches)._replace(**change)
 
         def run(change: dict[str, int] = change) -> dict[str, Any]:
             return {"change": change, "ms": round(graph_ms(_ours, sets, 30.0), 5), **kernel_microseconds(_ours, sets)}

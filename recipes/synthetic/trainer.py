@@ -82,7 +82,7 @@ class Trainer:
             fused=device.type == "cuda",
         )
         # One source for the data and what is done to it, on the device; one for shapes, on the host.
-        source = seed + 1 + (_FURTHER_DATA if self.earlier is not None else 0)
+        source = seed + 1 + _FURTHER_DATA * _runs_before(self.earlier)
         self.data = torch.Generator(device).manual_seed(source)
         self.shapes = torch.Generator().manual_seed(source)
         self.step, self.seconds, self.tokens = 0, 0.0, 0
@@ -401,6 +401,11 @@ def _start_from(model: PreTrainedModel, task: Task, settings: RunSettings) -> di
         "settings": run["settings"],
         "started_from": run.get("started_from"),
     }
+
+
+def _runs_before(earlier: dict[str, Any] | None) -> int:
+    """How many runs, one from the weights of the other, `earlier` is the last of."""
+    return 0 if earlier is None else 1 + _runs_before(earlier["started_from"])
 
 
 def _start_projections(model: nn.Module, settings: RunSettings) -> None:
