@@ -45,6 +45,9 @@ class RunSettings:
     head_drop: float = flag(
         0.0, "probability with which a head without ALiBi is left out, per sample and layer in training, all but one"
     )
+    silent_layers: int = flag(
+        0, "first layers whose heads without ALiBi stay silent (output weights zero, in tests too): they look up later"
+    )
     key_noise: float = flag(
         0.0, "normal noise on keys in training, as a share of their root mean square; where: --key-noise-heads"
     )
@@ -99,6 +102,7 @@ class RunSettings:
             "jitter": self.jitter < 1,
             "channel-drop": self.channel_drop > 0,
             "head-drop": self.head_drop > 0,
+            "silent-layers": self.silent_layers > 0,
             "key-noise": self.key_noise > 0 and self.key_noise_heads != "all",
         }
         without_effect = [name for name, given in for_heads_without_alibi.items() if given]

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import hf_asentmax
 from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
 from recipes.synthetic.models import build_model, load_model, outputs_at
-from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
+from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, keep_silent
 from recipes.synthetic.replay import HardReplay
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import IGNORED, Batch, Task
@@ -61,8 +61,9 @@ class Trainer:
         self.earlier = _start_from(self.model, task, settings) if settings.start_from else None
         if settings.bf16_weights:
             self.model.to(torch.bfloat16)  # type: ignore[arg-type]
-        self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.average > 0 else None
         alibi_heads = {"nape": task.heads // 2, "alibi": task.heads}.get(settings.positions, 0)
+        keep_silent(self.model, settings.silent_layers, alibi_heads)
+        self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.average > 0 else None
         self.jitter = ScoreJitter(
             self.model,
             settings.jitter,

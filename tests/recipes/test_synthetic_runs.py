@@ -23,7 +23,7 @@ from recipes.recording import AttentionCall, recorded_attention
 from recipes.synthetic import evaluate, lookup, margins, measuring, mistakes, model_card, report, train
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
-from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
+from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, keep_silent
 from recipes.synthetic.replay import HardReplay
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.stick_breaking import stick_breaking_attention
@@ -234,7 +234,7 @@ def test_qk_norm_bounds_scores_and_is_loaded_again(tmp_path: Path) -> None:
         build_model(small("max_retrieval"), "softmax", "nope", qk_norm=True)
 
 
-@pytest.mark.parametrize("flag", [{"jitter": 0.5}, {"channel_drop": 0.1}, {"head_drop": 0.1}])
+@pytest.mark.parametrize("flag", [{"jitter": 0.5}, {"channel_drop": 0.1}, {"head_drop": 0.1}, {"silent_layers": 1}])
 def test_what_heads_with_alibi_do_not_have_is_refused_where_all_have_it(flag: dict[str, float]) -> None:
     RunSettings(positions="nape", **flag)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"{next(iter(flag)).replace('_', '-')} change heads without ALiBi"):
@@ -303,6 +303,31 @@ def test_of_the_dropped_heads_one_stays_and_the_sum_too() -> None:
     assert not torch.equal(*drop._factors[:2])
     with pytest.raises(ValueError, match="below 1, got 1.0"):
         HeadDrop(build_model(SMALL, "entmax", "nape"), 1.0, 2)
+
+
+def test_silent_layers_stay_silent(tmp_path: Path) -> None:
+    """Their heads without ALiBi can be anything; those with it, and all heads of later layers, learn as ever."""
+    settings = RunSettings(steps=3, batch=4, warmup=0, silent_layers=1, average=0.5, weight_decay=0.1)
+    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
+    before = [layer.self_attn.o_proj.weight.clone() for layer in trainer.model.model.layers]
+    first = SMALL.heads // 2 * SMALL.head_dim
+    trainer.run()
+    for model in (trainer.model, trainer.averaged):
+        assert model is not None
+        after = [layer.self_attn.o_proj.weight for layer in model.model.layers]
+        assert not bool(after[0][:, first:].any()) and bool(after[1][:, first:].all())
+        assert bool((after[0][:, :first] != before[0][:, :first]).all())
+    batch = SMALL.test_batch(2, 64, torch.Generator().manual_seed(0))
+    expected = outputs_at(trainer.model, batch)
+    with torch.no_grad():
+        trainer.model.model.layers[0].self_attn.q_proj.weight[first:] += 1
+        assert torch.equal(outputs_at(trainer.model, batch), expected)
+        trainer.model.model.layers[1].self_attn.q_proj.weight[first:] += 1
+        assert not torch.equal(outputs_at(trainer.model, batch), expected)
+    with pytest.raises(ValueError, match=f"from 0 to {SMALL.layers - 1} of the model's, got {SMALL.layers}"):
+        keep_silent(trainer.model, SMALL.layers, 2)
+    with pytest.raises(ValueError, match="take positions nape"):
+        keep_silent(trainer.model, 1, 0)
 
 
 def test_keys_without_alibi_get_noise_of_their_size() -> None:
@@ -639,6 +664,7 @@ def test_mqmtar_in_two_runs(distribution: str, tmp_path: Path) -> None:
     result = json.loads((results / f"mqmtar-asentmax-nape-{distribution}-seed0.json").read_text())
     assert result["run"]["track"] == distribution and result["run"]["started_from"]["samples"] > 0
     assert result["run"]["settings"]["head_drop"] == 0.75
+    assert result["run"]["settings"]["hard_candidates"] == (4 if distribution == "paper" else 1)
     assert result["run"]["task_settings"]["swapped"] == (0.2 if distribution == "own" else 0.0)
     shown = run(["bash", script, "--help"]).stdout
     assert shown.startswith("MQMTAR in two runs") and "MORE_MINUTES" in shown and "set -" not in shown
