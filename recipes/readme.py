@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes.benchmark import attention_report, decode_report
 from recipes.common import short_commit
-from recipes.synthetic.model_card import best
-from recipes.synthetic.report import TRACKS, grouped, in_all, tables
+from recipes.synthetic.report import TRACKS, best, grouped, in_all, tables
 
 RECIPES = Path(__file__).resolve().parent
 README = RECIPES.parent / "README.md"

@@ -69,11 +69,13 @@ def lookups(model: PreTrainedModel, task: Mqmtar, samples: int) -> Iterator[dict
     starts = task.key_starts(inputs)
     keys = torch.stack([inputs.gather(1, starts), inputs.gather(1, starts + 1)], dim=-1)
     asked, answered = task.query_markers(inputs)
-    queries = torch.stack([inputs.gather(1, asked + 1), inputs.gather(1, asked + 2)], dim=-1)
-    right = (keys[:, None] == queries[:, :, None]).all(dim=-1).float().argmax(dim=-1)
-    kinds = likenesses(queries.flatten(0, 1), keys.flatten(0, 1))
-    own = (right + torch.arange(samples)[:, None] * keys.shape[1]).flatten()
-    places = {"query's second letter": asked + 2, "answer's marker": answered, "value's first letter": answered + 1}
+    all_queries = torch.stack([inputs.gather(1, asked + 1), inputs.gather(1, asked + 2)], dim=-1)
+    places = {
+        "query's second letter": asked + 2,
+        "next query's marker": asked[:, 1:],  # of each query but the last
+        "answer's marker": answered,
+        "value's first letter": answered + 1,
+    }
     with recorded_attention() as calls:
         outputs_at(model, batch)
     if not calls:
@@ -82,6 +84,8 @@ def lookups(model: PreTrainedModel, task: Mqmtar, samples: int) -> Iterator[dict
         query, key = call.query * call.options["scale"], call.key
         free = (call.slopes == 0).nonzero()[:, 0].tolist()  # heads without ALiBi
         for (place, rows), head in itertools.product(places.items(), free):
+            queries = all_queries[:, : rows.shape[1]]
+            right = (keys[:, None] == queries[:, :, None]).all(dim=-1).float().argmax(dim=-1)
             q = query[:, head].gather(1, rows[..., None].expand(-1, -1, query.shape[-1]))
             scores = q @ key[:, head].transpose(1, 2)
             unseen = torch.arange(inputs.shape[1]) > rows[..., None]
@@ -92,6 +96,8 @@ def lookups(model: PreTrainedModel, task: Mqmtar, samples: int) -> Iterator[dict
                 continue
             offset = int(values[counts.argmax()])
             found = key[:, head].gather(1, (starts + offset)[..., None].expand(-1, -1, key.shape[-1])).flatten(0, 1)
+            own = (right + torch.arange(samples)[:, None] * keys.shape[1]).flatten()
+            kinds = likenesses(queries.flatten(0, 1), keys.flatten(0, 1))
             against = q.flatten(0, 1) @ found.T
             mine = against.gather(1, own[:, None])
             beaten = against > mine

@@ -19,23 +19,12 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.synthetic.evaluate import RESULTS
-from recipes.synthetic.report import TRACKS, Group, grouped, in_all, tables
+from recipes.synthetic.report import TRACKS, Group, best, grouped, in_all, tables
 
-__all__ = ["best", "card", "main"]
+__all__ = ["card", "main"]
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
-
-
-def best(groups: list[Group]) -> Group:
-    """The group that holds furthest: most of the samples right at the longest length, then the most of them."""
-
-    def rank(group: Group) -> tuple[int, float]:
-        pooled = {multiple: group.pooled(multiple) for multiple in group.multiples()}
-        held = [(multiple, found[0]) for multiple, found in pooled.items() if found is not None and found[0] >= 50]
-        return max(held, default=(0, 0.0))
-
-    return max(groups, key=rank)
 
 
 def _commands(run: dict[str, Any]) -> list[str]:

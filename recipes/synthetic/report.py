@@ -4,7 +4,7 @@
 
 writes report.md and a figure for each table beside the results. Each training distribution has its own table, and each
 row's letter says which of the training's settings differ from their defaults. Rows pool the seeds of one setting; each
-seed's row follows.
+seed's row follows. Figures name each method's best setting; the others are thin lines of its color.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from recipes.synthetic.measuring import wilson_interval
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import TASKS
 
-__all__ = ["TRACKS", "Group", "grouped", "in_all", "main", "markdown", "names", "tables"]
+__all__ = ["TRACKS", "Group", "best", "grouped", "in_all", "main", "markdown", "names", "tables"]
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
 # Settings that say nothing about how a model came to be, or have a column of their own.
@@ -101,6 +101,17 @@ def grouped(results: list[dict[str, Any]]) -> list[Group]:
     return sorted(
         made, key=lambda group: (order.index(group.task), group.track, group.method, group.positions, group.changed)
     )
+
+
+def best(groups: list[Group]) -> Group:
+    """The group that holds furthest: most of the samples right at the longest length, then the most of them."""
+
+    def rank(group: Group) -> tuple[int, float]:
+        pooled = {multiple: group.pooled(multiple) for multiple in group.multiples()}
+        held = [(multiple, found[0]) for multiple, found in pooled.items() if found is not None and found[0] >= 50]
+        return max(held, default=(0, 0.0))
+
+    return max(groups, key=rank)
 
 
 def tables(groups: list[Group]) -> list[tuple[tuple[str, str], list[Group]]]:
@@ -196,17 +207,25 @@ def figure(groups: list[Group], file: Path) -> None:
     published = PUBLISHED["exact_match"].get(task, {})
     lengths = [trained * multiple for multiple in sorted(set().union(*(group.multiples() for group in groups)))]
     drawing, (axes,) = length_axes(trained, lengths)
+    methods = list(dict.fromkeys((group.method, group.positions) for group in groups))
+    finest = [best([g for g in groups if (g.method, g.positions) == method]) for method in methods]
     for name, group in zip(names(groups), groups, strict=True):
+        color = f"C{methods.index((group.method, group.positions))}"
         values = [(trained * multiple, group.pooled(multiple)) for multiple in sorted(group.multiples())]
         shown = [(length, *pooled) for length, pooled in values if pooled is not None]
         at, accuracy, low, high = zip(*shown, strict=True)
-        (line,) = axes.plot(at, accuracy, marker="o", linewidth=2.0, label=name)
-        axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
+        if group in finest:
+            axes.plot(at, accuracy, marker="o", linewidth=2.0, label=name, color=color)
+            axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
+        else:
+            axes.plot(at, accuracy, marker=".", linewidth=0.8, color=color, alpha=0.5)
     for shade, (method, sources) in zip(("#333333", "#777777", "#aaaaaa"), published.items(), strict=False):
         for style, (source, row) in zip(("--", ":"), sources.items(), strict=False):
             theirs = [trained * int(multiple) for multiple in row]
             label = f"{method}, {source}"
             axes.plot(theirs, row.values(), linestyle=style, color=shade, linewidth=1.2, marker=".", label=label)
+    if len(finest) < len(groups):
+        axes.plot([], [], linewidth=0.8, color="C0", alpha=0.5, label="the same, other settings")
     axes.set(title=f"{task}, trained on {TRACKS[groups[0].track]}", ylabel="exact match, %", ylim=(-3, 103))
     axes.tick_params(axis="x", labelsize=7)
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
