@@ -75,6 +75,7 @@ def main() -> None:
     decode_launch._overlaps = lambda device: True  # as on the GPU that this compiles for
     for head_dim, heads, kv_heads, kv_len, alibi, mask in (
         (128, 8, 2, 131072, False, None),
+        (128, 8, 2, 131072, True, None),
         (128, 8, 2, 32768, True, (1, 1, 1, 32768)),
         (64, 4, 4, 3000, False, (1, 3000)),
     ):
@@ -88,6 +89,7 @@ def main() -> None:
             scale=0.1,
             is_causal=mask is None or len(mask) == 2,
             alibi_slopes=torch.ones(heads) if alibi else None,
+            key_norm_bound=torch.ones(1, kv_heads) if alibi else None,
             attention_mask=None if mask is None else torch.ones(mask, dtype=torch.bool),
         )
 
