@@ -216,6 +216,20 @@ def test_keys_out_of_an_alibi_heads_reach_are_not_read(static: bool, q_len: int,
 
 
 @pytest.mark.parametrize("q_len", [1, 2])
+def test_short_spans_in_a_long_cache(q_len: int, device: str) -> None:
+    """ALiBi heads that see a few of 625 tiles (with a bound on the keys' norms) beside heads that see them all."""
+    query, key, value, _ = tensors(Case("spans", q_len=q_len, kv_len=40_000, heads=4, kv_heads=2, head_dim=16), device)
+    slopes = torch.tensor([1.0, 0.05, 0.0, 0.0], device=device)
+    expected = entmax_attention(
+        query.double(), key.double(), value.double(), backend="eager", alibi_slopes=slopes.double()
+    )
+    bound = key.norm(dim=-1).amax(-1)
+    key[:, 0, :-4096] = float("nan")  # of the heads with ALiBi
+    actual = entmax_attention(query, key, value, backend="triton", alibi_slopes=slopes, key_norm_bound=bound)
+    assert_close("output", actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("q_len", [1, 2])
 def test_alibi_is_exact_far_from_the_end_of_a_static_cache(q_len: int, device: str) -> None:
     """The positions of queries are the cache's last; the keys that they see are its first."""
     kv_len, filled = (120_000, 400) if device == "cuda" else (3000, 400)
