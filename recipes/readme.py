@@ -42,6 +42,14 @@ def origin(content: dict[str, Any]) -> str:
     )
 
 
+def _origin_of_seeds(headers: list[dict[str, Any]]) -> str:
+    """`origin` of results that have a file for each seed."""
+    commands = dict.fromkeys(header["command"] for header in headers)
+    commits = dict.fromkeys(short_commit(header["commit"]) for header in headers)
+    seeds = [seed for header in headers for seed in header["seeds"]]
+    return origin({**headers[0], "command": "; ".join(commands), "commit": ", ".join(commits), "seeds": seeds})
+
+
 def _by_method(runs: list[dict[str, Any]], key: str, scale: float) -> list[list[str]]:
     """A line per method: the mean over its seeds at each length, and the range where there are several."""
     by_method: dict[str, list[dict[str, float]]] = {}
@@ -248,7 +256,7 @@ def synthetic(*contents: dict[str, Any]) -> str:
             f"{'each ' if many else ''}{fmean(in_all(run, 'samples') for run in runs) / 1e6:.1f}M samples in "
             f"{fmean(in_all(run, 'seconds') for run in runs) / 60:.1f} minutes of one GPU"
         )
-        origins += [origin(group.results[0]["evaluation"])]
+        origins.append(_origin_of_seeds([result["evaluation"] for result in group.results]))
     for method, sources in published["mqmtar"].items():
         for source, values in sources.items():
             rows.append([f"{method}, {source}", *(f"{values.get(str(multiple), '')}" for multiple in shown)])

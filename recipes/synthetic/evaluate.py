@@ -64,6 +64,8 @@ def evaluate_run(
         earlier = json.loads(results_file.read_text())
         if earlier["run"] == run:
             results["lengths"] = earlier["lengths"]
+            commands = [*earlier["evaluation"]["command"].split("; "), results["evaluation"]["command"]]
+            results["evaluation"]["command"] = "; ".join(dict.fromkeys(commands))
     task = task_of(run)
     model: PreTrainedModel | None = None
     for multiple in multiples or task.test_multiples:

@@ -69,7 +69,12 @@ def lookups(model: PreTrainedModel, task: Mqmtar, samples: int) -> Iterator[dict
     starts = task.key_starts(inputs)
     keys = torch.stack([inputs.gather(1, starts), inputs.gather(1, starts + 1)], dim=-1)
     asked, answered = task.query_markers(inputs)
-    all_queries = torch.stack([inputs.gather(1, asked + 1), inputs.gather(1, asked + 2)], dim=-1)
+    queries = torch.stack([inputs.gather(1, asked + 1), inputs.gather(1, asked + 2)], dim=-1)
+    all_right = (keys[:, None] == queries[:, :, None]).all(dim=-1).float().argmax(dim=-1)
+    all_kinds = {
+        name: alike.unflatten(0, asked.shape)
+        for name, alike in likenesses(queries.flatten(0, 1), keys.flatten(0, 1)).items()
+    }
     places = {
         "query's second letter": asked + 2,
         "next query's marker": asked[:, 1:],  # of each query but the last
@@ -84,8 +89,7 @@ def lookups(model: PreTrainedModel, task: Mqmtar, samples: int) -> Iterator[dict
         query, key = call.query * call.options["scale"], call.key
         free = (call.slopes == 0).nonzero()[:, 0].tolist()  # heads without ALiBi
         for (place, rows), head in itertools.product(places.items(), free):
-            queries = all_queries[:, : rows.shape[1]]
-            right = (keys[:, None] == queries[:, :, None]).all(dim=-1).float().argmax(dim=-1)
+            right = all_right[:, : rows.shape[1]]
             q = query[:, head].gather(1, rows[..., None].expand(-1, -1, query.shape[-1]))
             scores = q @ key[:, head].transpose(1, 2)
             unseen = torch.arange(inputs.shape[1]) > rows[..., None]
@@ -97,7 +101,7 @@ def lookups(model: PreTrainedModel, task: Mqmtar, samples: int) -> Iterator[dict
             offset = int(values[counts.argmax()])
             found = key[:, head].gather(1, (starts + offset)[..., None].expand(-1, -1, key.shape[-1])).flatten(0, 1)
             own = (right + torch.arange(samples)[:, None] * keys.shape[1]).flatten()
-            kinds = likenesses(queries.flatten(0, 1), keys.flatten(0, 1))
+            kinds = {name: alike[:, : rows.shape[1]].flatten(0, 1) for name, alike in all_kinds.items()}
             against = q.flatten(0, 1) @ found.T
             mine = against.gather(1, own[:, None])
             beaten = against > mine

@@ -25,7 +25,8 @@ case $distribution in
 own)
     first=(--near-misses 0.3 --near-misses-end 1 --one-letter-end 0.25)
     more_minutes=1.2
-    second=(--near-misses 1 --near-misses-end 1 --one-letter 0.25 --one-letter-end 0.25 --near-crossed 0.3 --swapped 0.2)
+    second=(--lr 3e-4 --near-misses 1 --near-misses-end 1 --one-letter 0.25 --one-letter-end 0.25 --near-crossed 0.3
+        --swapped 0.2)
     ;;
 paper)
     more_minutes=6.6
@@ -42,8 +43,8 @@ train=recipes/synthetic/train.py name=mqmtar-$method-nape-$distribution
 "${PYTHON:-python3}" "$train" "${common[@]}" "${first[@]}" --name "$distribution-first" --ease-in 1500 --decay 0.25 \
     --minutes "${MINUTES:-3.2}" --give-up 3000000 ${FLAGS:-}
 # shellcheck disable=SC2086
-"${PYTHON:-python3}" "$train" "${common[@]}" --name "$distribution" --ease-in 300 --lr 3e-4 --warmup 100 --decay 1 --head-drop 0.75 \
-    "${second[@]}" --start-from "$out/$name-first/seed$seed" --minutes "${MORE_MINUTES:-$more_minutes}" ${FLAGS:-} \
+"${PYTHON:-python3}" "$train" "${common[@]}" --name "$distribution" --ease-in 300 --warmup 100 --decay 1 --head-drop 0.75 "${second[@]}" \
+    --start-from "$out/$name-first/seed$seed" --minutes "${MORE_MINUTES:-$more_minutes}" ${FLAGS:-} \
     ${MORE_FLAGS:-}
 # shellcheck disable=SC2086
 "${PYTHON:-python3}" recipes/synthetic/evaluate.py "$out/$name" ${EVALUATE_FLAGS:-}

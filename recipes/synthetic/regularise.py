@@ -181,7 +181,7 @@ def keep_silent(model: PreTrainedModel, layers: int, alibi_heads: int) -> None:
     """Heads without ALiBi in the first layers say nothing: their output weights are zero, and stay so in training.
 
     What looks up by content over any distance then has to wait for a later layer, and finds keys that more layers have
-    put together. A model that looks up in its second layer knows the letters of a key, but hardly their order.
+    put together. Whether that helps is open: see the recipe's README, where it looks up.
 
     Args:
         model: of this recipe; its weights are changed, and their gradients from now on.

@@ -267,7 +267,7 @@ class Trainer:
 
     @torch.no_grad()
     def _hardness(self, batch: Batch) -> torch.Tensor:
-        """(samples,) losses without what training adds at random, at the smallest factor that jitter has.
+        """(samples,) losses without what training changes in the model at random, at the smallest factor of jitter.
 
         With noise or with heads left out any sample may have a large loss, by chance; without, only those do that the
         model gets wrong, or nearly.
@@ -406,7 +406,7 @@ def _start_from(model: PreTrainedModel, task: Task, settings: RunSettings) -> di
 
 def _runs_before(earlier: dict[str, Any] | None) -> int:
     """How many runs, one from the weights of the other, `earlier` is the last of."""
-    return 0 if earlier is None else 1 + _runs_before(earlier["started_from"])
+    return 0 if earlier is None else 1 + _runs_before(earlier.get("started_from"))
 
 
 def _start_projections(model: nn.Module, settings: RunSettings) -> None:

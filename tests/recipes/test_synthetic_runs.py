@@ -375,6 +375,30 @@ def test_hard_samples_are_judged_without_chance(tmp_path: Path) -> None:
     torch.testing.assert_close(kept, trainer._hardness(drawn).topk(4).values)
 
 
+def test_hard_samples_are_judged_with_corrupted_answers_and_kept_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = RunSettings(steps=1, batch=4, corrupt=1.0, replay=0.25, hard_candidates=2, hard_from=0)
+    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
+    trainer.left_plateau = {"step": 0, "seconds": 0.0, "samples": 0}
+    judged: list[Batch] = []
+    hardness = trainer._hardness
+    monkeypatch.setattr(trainer, "_hardness", lambda batch: judged.append(batch) or hardness(batch))
+    chosen = trainer._next_batch(0.0)
+
+    def first_letters(labels: torch.Tensor) -> torch.Tensor:
+        return labels[:, :-1].unflatten(1, (-1, 3))[..., 1]
+
+    (candidates,) = judged
+    (kept,) = trainer.replay._kept.values()
+    stored = kept["losses"] >= 0
+    letters = candidates.answer_letters
+    assert bool(stored.any())
+    assert torch.equal(kept["inputs"][stored][:, letters], first_letters(kept["labels"][stored]))
+    for batch in (candidates, chosen):
+        assert (batch.inputs[:, letters] == first_letters(batch.labels)).float().mean() < 0.3
+
+
 def test_hard_samples_come_again_until_they_are_no_longer_hard() -> None:
     def batch(first: int) -> Batch:
         tokens = torch.arange(first, first + 8)[:, None].expand(8, 3)
@@ -579,7 +603,9 @@ def test_mistakes_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "mqmtar-asentmax-nape seed0 at 1x: " in capsys.readouterr().out
 
 
-def test_train_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_evaluate_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     runs, results = tmp_path / "runs", tmp_path / "results"
     common = ["--device", "cpu", "--out", str(runs), "--steps", "2", "--batch", "4", "--log-every", "1", *SIZE_FLAGS]
     train.main(["--task", "mqmtar", "--seeds", "0", "1", "--corrupt", "0.5", *common])
@@ -588,14 +614,16 @@ def test_train_evaluate_report(tmp_path: Path, capsys: pytest.CaptureFixture[str
     train.main(["--task", "copy", "--positions", "rope", *common])
     assert "finished already" in capsys.readouterr().out
     test = ["--device", "cpu", "--samples", "3", "--results", str(results)]
-    evaluate.main([str(runs), "--multiples", "1", *test])
-    evaluate.main([str(runs), "--multiples", "1", "2", *test])
+    for command, multiples in (("first.py", ["1"]), ("second.py", ["1", "2"])):
+        monkeypatch.setattr(sys, "argv", [command])
+        evaluate.main([str(runs), "--multiples", *multiples, *test])
     assert capsys.readouterr().out.count(" at 1x") == 4
 
     files = sorted(file.name for file in results.glob("*.json"))
     assert len(files) == 4 and "mqmtar-asentmax-nape-seed1.json" in files
     content = json.loads((results / "mqmtar-asentmax-nape-seed1.json").read_text())
     assert [entry["multiple"] for entry in content["lengths"]] == [1, 2]
+    assert content["evaluation"]["command"] == "python first.py; python second.py"
     assert content["run"]["samples"] == 8 and content["run"]["header"]["versions"]["torch"] == torch.__version__
     assert {"e", "e_interval", "interval", "pairs"} <= set(content["lengths"][0])
 
