@@ -1,4 +1,4 @@
-"""What is done in training only: corrupted answers, changed scores, heads left out or kept silent."""
+"""What is done in training only: corrupted answers, changed scores, heads left out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from recipes.synthetic.tasks import Batch, Task
 
-__all__ = ["HeadDrop", "ScoreJitter", "corrupted_answers", "keep_silent"]
+__all__ = ["HeadDrop", "ScoreJitter", "corrupted_answers"]
 
 
 def corrupted_answers(batch: Batch, task: Task, probability: float, generator: torch.Generator) -> Batch:
@@ -175,31 +175,3 @@ class HeadDrop:
         if not projection.training or self._factors is None:
             return None
         return ((inputs[0] * self._factors[layer]).to(inputs[0].dtype),)
-
-
-def keep_silent(model: PreTrainedModel, layers: int, alibi_heads: int) -> None:
-    """Heads without ALiBi in the first layers say nothing: their output weights are zero, and stay so in training.
-
-    What looks up by content over any distance then has to wait for a later layer, and finds keys that more layers have
-    put together. Whether that helps is open: see the recipe's README, where it looks up.
-
-    Args:
-        model: of this recipe; its weights are changed, and their gradients from now on.
-        layers: how many, from the first.
-        alibi_heads: how many heads, from the first, are left as they are.
-
-    Raises:
-        ValueError: no layer would be left, or none of the heads has ALiBi.
-    """
-    if not 0 <= layers < len(model.model.layers):
-        raise ValueError(f"silent layers must be from 0 to {len(model.model.layers) - 1} of the model's, got {layers}")
-    if layers > 0 and alibi_heads == 0:
-        raise ValueError("silent layers keep their heads with ALiBi, and the model has none: take positions nape")
-    first = alibi_heads * model.config.head_dim
-    for layer in model.model.layers[:layers]:
-        weight = layer.self_attn.o_proj.weight
-        heard = torch.ones_like(weight)
-        heard[:, first:] = 0
-        with torch.no_grad():
-            weight.mul_(heard)
-        weight.register_hook(heard.mul)

@@ -45,9 +45,6 @@ class RunSettings:
     head_drop: float = flag(
         0.0, "probability with which a head without ALiBi is left out, per sample and layer in training, all but one"
     )
-    silent_layers: int = flag(
-        0, "first layers whose heads without ALiBi stay silent (output weights zero, in tests too): they look up later"
-    )
     key_noise: float = flag(
         0.0, "normal noise on keys in training, as a share of their root mean square; where: --key-noise-heads"
     )
@@ -64,6 +61,11 @@ class RunSettings:
     )
     hard_candidates: int = flag(1, "train on the hardest `batch` of this many times as many samples, by their loss")
     hard_from: float = flag(0.5, "part of the run after which the hardest are chosen")
+    hard_weight: float = flag(
+        0.0,
+        "share of a batch's weight, once the plateau is left, that its samples have by their loss, judged as for "
+        "--replay; the rest is even",
+    )
     alpha: float | None = flag(None, "entmax's alpha, in place of the method's")
     alpha_start: float | None = flag(None, "entmax's alpha at the start, from which it climbs to its value in stairs")
     alpha_stairs: int = flag(4, "how many stairs; each compiles the model and the kernels once more")
@@ -102,7 +104,6 @@ class RunSettings:
             "jitter": self.jitter < 1,
             "channel-drop": self.channel_drop > 0,
             "head-drop": self.head_drop > 0,
-            "silent-layers": self.silent_layers > 0,
             "key-noise": self.key_noise > 0 and self.key_noise_heads != "all",
         }
         without_effect = [name for name, given in for_heads_without_alibi.items() if given]
@@ -115,6 +116,8 @@ class RunSettings:
             raise ValueError("projection-std and gamma-start set the weights at the start, which start-from gives")
         if self.ease_corrupt and self.ease_in <= 0:
             raise ValueError("ease-corrupt takes as many updates as ease-in: give --ease-in")
+        if not 0 <= self.hard_weight <= 1:
+            raise ValueError(f"hard-weight must be from 0 to 1, got {self.hard_weight}")
         if not 0 <= self.average < 1:
             raise ValueError(f"average must be at least 0 and below 1, got {self.average}")
         if self.key_noise_heads not in ("nope", "all"):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import hf_asentmax
 from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
 from recipes.synthetic.models import build_model, load_model, outputs_at
-from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, keep_silent
+from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import IGNORED, Batch, Task
@@ -62,7 +62,6 @@ class Trainer:
         if settings.bf16_weights:
             self.model.to(torch.bfloat16)  # type: ignore[arg-type]
         alibi_heads = {"nape": task.heads // 2, "alibi": task.heads}.get(settings.positions, 0)
-        keep_silent(self.model, settings.silent_layers, alibi_heads)
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.average > 0 else None
         self.jitter = ScoreJitter(
             self.model,
@@ -213,11 +212,12 @@ class Trainer:
             for model in {self.model, self.kept_model}:
                 hf_asentmax.set_alpha(model, alpha)
             self.alpha = alpha
-        batch = self._next_batch(progress)
+        batch, weights = self._next_batch(progress)
         self.jitter.draw(len(batch), batch.inputs.shape[1], self.data, self._eased_in(), self.noise_times)
         self.heads.draw(len(batch), self.data, self._eased_in())
         losses = self._losses(batch)
-        loss = losses.sum() / (batch.labels != IGNORED).sum()
+        targets = (batch.labels != IGNORED).sum()
+        loss = (losses.sum(dim=1) * weights).sum() * len(batch) / targets
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.task.lr, self.step, progress, settings)
         loss.backward()
@@ -225,9 +225,10 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._move_average()
-        self.loss_sum += loss.detach()
+        even = losses.detach().sum() / targets
+        self.loss_sum += even
         if settings.key_noise_loss > 0 and self.left_plateau is not None:
-            self.noise_times *= torch.where(loss.detach() < settings.key_noise_loss, NOISE_STEP, 1 / NOISE_STEP)
+            self.noise_times *= torch.where(even < settings.key_noise_loss, NOISE_STEP, 1 / NOISE_STEP)
 
     @torch.no_grad()
     def _move_average(self) -> None:
@@ -244,7 +245,8 @@ class Trainer:
             return 0.0
         return min(1.0, (self.step - self.left_plateau["step"]) / self.settings.ease_in)
 
-    def _next_batch(self, progress: float) -> Batch:
+    def _next_batch(self, progress: float) -> tuple[Batch, torch.Tensor]:
+        """What to train on, and each sample's weight (samples,), which sum to 1."""
         settings = self.settings
         choosing = settings.hard_candidates > 1 and progress >= settings.hard_from
         size = settings.batch * (settings.hard_candidates if choosing else 1)
@@ -253,17 +255,24 @@ class Trainer:
         lengths = f"{batch.inputs.shape[1]} {batch.labels.shape[1]}"
         if settings.compile:
             batch = batch.padded(*self.task.padded_shape())
-        replaying = settings.replay > 0 and self.left_plateau is not None
+        left = self.left_plateau is not None
+        replaying = settings.replay > 0 and left
         if replaying:
             batch = self.replay.mix(batch, lengths)
         strength = self._eased_in() if settings.ease_corrupt else 1.0
         batch = corrupted_answers(batch, self.task, strength * settings.corrupt, self.data)
-        if choosing or replaying:
+        weights = torch.full((settings.batch,), 1 / settings.batch, device=self.device)
+        weighing = settings.hard_weight > 0 and left
+        if choosing or replaying or weighing:
             losses = self._hardness(batch)  # with corrupted answers, which give nothing away; kept samples are without
             if replaying:
                 self.replay.update(losses)
-            batch = batch.select(losses.topk(settings.batch).indices) if choosing else batch
-        return batch
+            if choosing:
+                losses, hardest = losses.topk(settings.batch)
+                batch = batch.select(hardest)
+            if weighing:
+                weights = torch.lerp(weights, losses / losses.sum().clamp(min=1e-30), settings.hard_weight)
+        return batch, weights
 
     @torch.no_grad()
     def _hardness(self, batch: Batch) -> torch.Tensor:

@@ -23,7 +23,7 @@ from recipes.recording import AttentionCall, recorded_attention
 from recipes.synthetic import evaluate, lookup, margins, measuring, mistakes, model_card, report, train
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
-from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers, keep_silent
+from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.stick_breaking import stick_breaking_attention
@@ -234,7 +234,7 @@ def test_qk_norm_bounds_scores_and_is_loaded_again(tmp_path: Path) -> None:
         build_model(small("max_retrieval"), "softmax", "nope", qk_norm=True)
 
 
-@pytest.mark.parametrize("flag", [{"jitter": 0.5}, {"channel_drop": 0.1}, {"head_drop": 0.1}, {"silent_layers": 1}])
+@pytest.mark.parametrize("flag", [{"jitter": 0.5}, {"channel_drop": 0.1}, {"head_drop": 0.1}])
 def test_what_heads_with_alibi_do_not_have_is_refused_where_all_have_it(flag: dict[str, float]) -> None:
     RunSettings(positions="nape", **flag)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"{next(iter(flag)).replace('_', '-')} change heads without ALiBi"):
@@ -305,31 +305,6 @@ def test_of_the_dropped_heads_one_stays_and_the_sum_too() -> None:
         HeadDrop(build_model(SMALL, "entmax", "nape"), 1.0, 2)
 
 
-def test_silent_layers_stay_silent(tmp_path: Path) -> None:
-    """Their heads without ALiBi can be anything; those with it, and all heads of later layers, learn as ever."""
-    settings = RunSettings(steps=3, batch=4, warmup=0, silent_layers=1, average=0.5, weight_decay=0.1)
-    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
-    before = [layer.self_attn.o_proj.weight.clone() for layer in trainer.model.model.layers]
-    first = SMALL.heads // 2 * SMALL.head_dim
-    trainer.run()
-    for model in (trainer.model, trainer.averaged):
-        assert model is not None
-        after = [layer.self_attn.o_proj.weight for layer in model.model.layers]
-        assert not bool(after[0][:, first:].any()) and bool(after[1][:, first:].all())
-        assert bool((after[0][:, :first] != before[0][:, :first]).all())
-    batch = SMALL.test_batch(2, 64, torch.Generator().manual_seed(0))
-    expected = outputs_at(trainer.model, batch)
-    with torch.no_grad():
-        trainer.model.model.layers[0].self_attn.q_proj.weight[first:] += 1
-        assert torch.equal(outputs_at(trainer.model, batch), expected)
-        trainer.model.model.layers[1].self_attn.q_proj.weight[first:] += 1
-        assert not torch.equal(outputs_at(trainer.model, batch), expected)
-    with pytest.raises(ValueError, match=f"from 0 to {SMALL.layers - 1} of the model's, got {SMALL.layers}"):
-        keep_silent(trainer.model, SMALL.layers, 2)
-    with pytest.raises(ValueError, match="take positions nape"):
-        keep_silent(trainer.model, 1, 0)
-
-
 def test_keys_without_alibi_get_noise_of_their_size() -> None:
     model = build_model(SMALL, "entmax", "nape").train()
     batch = SMALL.test_batch(64, 64, torch.Generator().manual_seed(0))
@@ -371,8 +346,36 @@ def test_hard_samples_are_judged_without_chance(tmp_path: Path) -> None:
     drawn = SMALL.training_batch(12, trainer.data, trainer.shapes, 0.0)
     for generator, state in zip((trainer.data, trainer.shapes), states, strict=True):
         generator.set_state(state)
-    kept = trainer._hardness(trainer._next_batch(0.0))
-    torch.testing.assert_close(kept, trainer._hardness(drawn).topk(4).values)
+    chosen, weights = trainer._next_batch(0.0)
+    torch.testing.assert_close(trainer._hardness(chosen), trainer._hardness(drawn).topk(4).values)
+    assert weights.tolist() == [0.25] * 4
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_hard_samples_weigh_more(candidates: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the plateau is left, by their losses; the log's loss is of even weights."""
+    settings = RunSettings(
+        steps=1, batch=4, warmup=0, hard_weight=0.75, hard_candidates=candidates, hard_from=0, log_every=1
+    )
+    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
+    _, weights = trainer._next_batch(0.0)
+    assert weights.tolist() == [0.25] * 4
+    trainer.left_plateau = {"step": 0, "seconds": 0.0, "samples": 0}
+    batch, weights = trainer._next_batch(0.0)
+    losses = trainer._hardness(batch)
+    torch.testing.assert_close(weights, 0.25 / 4 + 0.75 * losses / losses.sum())
+    alone = trainer._losses(batch.select(slice(0, 1))).mean()
+    expected = torch.autograd.grad(alone, list(trainer.model.parameters()))
+    gradients: list[torch.Tensor | None] = []
+    monkeypatch.setattr(trainer, "_next_batch", lambda progress: (batch, torch.tensor([1.0, 0.0, 0.0, 0.0])))
+    monkeypatch.setattr(
+        nn.utils, "clip_grad_norm_", lambda parameters, clip: gradients.extend(each.grad for each in parameters)
+    )
+    trainer.run()
+    torch.testing.assert_close(gradients, list(expected))
+    assert trainer.log[0]["loss"] == pytest.approx(float(losses.sum()) / batch.labels.numel())
+    with pytest.raises(ValueError, match="hard-weight must be from 0 to 1, got 1.5"):
+        RunSettings(hard_weight=1.5)
 
 
 def test_hard_samples_are_judged_with_corrupted_answers_and_kept_without(
@@ -384,7 +387,7 @@ def test_hard_samples_are_judged_with_corrupted_answers_and_kept_without(
     judged: list[Batch] = []
     hardness = trainer._hardness
     monkeypatch.setattr(trainer, "_hardness", lambda batch: judged.append(batch) or hardness(batch))
-    chosen = trainer._next_batch(0.0)
+    chosen, _ = trainer._next_batch(0.0)
 
     def first_letters(labels: torch.Tensor) -> torch.Tensor:
         return labels[:, :-1].unflatten(1, (-1, 3))[..., 1]
