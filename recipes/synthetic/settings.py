@@ -63,7 +63,7 @@ class RunSettings:
     hard_from: float = flag(0.5, "part of the run after which the hardest are chosen")
     hard_weight: float = flag(
         0.0,
-        "share of a batch's weight, once the plateau is left, that its samples have by their loss, judged as for "
+        "share of a batch's weight, once the plateau is left, that answer tokens have by their loss, judged as for "
         "--replay; the rest is even",
     )
     alpha: float | None = flag(None, "entmax's alpha, in place of the method's")

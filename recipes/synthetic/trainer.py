@@ -216,8 +216,7 @@ class Trainer:
         self.jitter.draw(len(batch), batch.inputs.shape[1], self.data, self._eased_in(), self.noise_times)
         self.heads.draw(len(batch), self.data, self._eased_in())
         losses = self._losses(batch)
-        targets = (batch.labels != IGNORED).sum()
-        loss = (losses.sum(dim=1) * weights).sum() * len(batch) / targets
+        loss = (losses * weights).sum()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.task.lr, self.step, progress, settings)
         loss.backward()
@@ -225,7 +224,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._move_average()
-        even = losses.detach().sum() / targets
+        even = losses.detach().sum() / (batch.labels != IGNORED).sum()
         self.loss_sum += even
         if settings.key_noise_loss > 0 and self.left_plateau is not None:
             self.noise_times *= torch.where(even < settings.key_noise_loss, NOISE_STEP, 1 / NOISE_STEP)
@@ -246,7 +245,7 @@ class Trainer:
         return min(1.0, (self.step - self.left_plateau["step"]) / self.settings.ease_in)
 
     def _next_batch(self, progress: float) -> tuple[Batch, torch.Tensor]:
-        """What to train on, and each sample's weight (samples,), which sum to 1."""
+        """What to train on, and the weight of each target's loss (samples, targets), which sum to 1."""
         settings = self.settings
         choosing = settings.hard_candidates > 1 and progress >= settings.hard_from
         size = settings.batch * (settings.hard_candidates if choosing else 1)
@@ -261,22 +260,25 @@ class Trainer:
             batch = self.replay.mix(batch, lengths)
         strength = self._eased_in() if settings.ease_corrupt else 1.0
         batch = corrupted_answers(batch, self.task, strength * settings.corrupt, self.data)
-        weights = torch.full((settings.batch,), 1 / settings.batch, device=self.device)
-        weighing = settings.hard_weight > 0 and left
-        if choosing or replaying or weighing:
-            losses = self._hardness(batch)  # with corrupted answers, which give nothing away; kept samples are without
+        hardness: torch.Tensor | None = None
+        if choosing or replaying or (settings.hard_weight > 0 and left):
+            # Judged with corrupted answers, which give nothing away; kept without.
+            hardness = self._hardness(batch)
+            losses = hardness.sum(dim=1)
             if replaying:
                 self.replay.update(losses)
             if choosing:
-                losses, hardest = losses.topk(settings.batch)
-                batch = batch.select(hardest)
-            if weighing:
-                weights = torch.lerp(weights, losses / losses.sum().clamp(min=1e-30), settings.hard_weight)
+                hardest = losses.topk(settings.batch).indices
+                batch, hardness = batch.select(hardest), hardness[hardest]
+        scored = (batch.labels != IGNORED).float()
+        weights = scored / scored.sum()
+        if hardness is not None and settings.hard_weight > 0 and left:
+            weights = torch.lerp(weights, hardness / hardness.sum().clamp(min=1e-30), settings.hard_weight)
         return batch, weights
 
     @torch.no_grad()
     def _hardness(self, batch: Batch) -> torch.Tensor:
-        """(samples,) losses without what training changes in the model at random, at the smallest factor of jitter.
+        """(samples, targets) losses without what training changes in the model at random, at jitter's smallest factor.
 
         With noise or with heads left out any sample may have a large loss, by chance; without, only those do that the
         model gets wrong, or nearly.
@@ -285,7 +287,7 @@ class Trainer:
         self.jitter.lowest(size, self.device)
         self.heads.draw(size, self.data, 0.0)
         starts = range(0, len(batch), size)
-        return torch.cat([self._losses(batch.select(slice(start, start + size))).sum(dim=1) for start in starts])
+        return torch.cat([self._losses(batch.select(slice(start, start + size))) for start in starts])
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         """(batch, targets) losses, 0 where the label is IGNORED."""

@@ -340,15 +340,16 @@ def test_hard_samples_are_judged_without_chance(tmp_path: Path) -> None:
     judged = trainer._hardness(candidates)
     trainer.jitter.draw(12, candidates.inputs.shape[1], trainer.data, 1.0, trainer.noise_times)
     trainer.heads.draw(12, trainer.data, 1.0)
-    assert judged.shape == (12,) and not torch.allclose(trainer._losses(candidates).sum(dim=1), judged)
+    assert judged.shape == candidates.labels.shape and not torch.allclose(trainer._losses(candidates), judged)
     torch.testing.assert_close(trainer._hardness(candidates), judged, rtol=0, atol=0)
     states = [generator.get_state() for generator in (trainer.data, trainer.shapes)]
     drawn = SMALL.training_batch(12, trainer.data, trainer.shapes, 0.0)
     for generator, state in zip((trainer.data, trainer.shapes), states, strict=True):
         generator.set_state(state)
     chosen, weights = trainer._next_batch(0.0)
-    torch.testing.assert_close(trainer._hardness(chosen), trainer._hardness(drawn).topk(4).values)
-    assert weights.tolist() == [0.25] * 4
+    expected = trainer._hardness(drawn).sum(dim=1).topk(4).values
+    torch.testing.assert_close(trainer._hardness(chosen).sum(dim=1), expected)
+    torch.testing.assert_close(weights, torch.full(chosen.labels.shape, 1 / chosen.labels.numel()))
 
 
 @pytest.mark.parametrize("candidates", [1, 3])
@@ -358,16 +359,18 @@ def test_hard_samples_weigh_more(candidates: int, tmp_path: Path, monkeypatch: p
         steps=1, batch=4, warmup=0, hard_weight=0.75, hard_candidates=candidates, hard_from=0, log_every=1
     )
     trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
-    _, weights = trainer._next_batch(0.0)
-    assert weights.tolist() == [0.25] * 4
+    batch, weights = trainer._next_batch(0.0)
+    torch.testing.assert_close(weights, torch.full(batch.labels.shape, 1 / batch.labels.numel()))
     trainer.left_plateau = {"step": 0, "seconds": 0.0, "samples": 0}
     batch, weights = trainer._next_batch(0.0)
     losses = trainer._hardness(batch)
-    torch.testing.assert_close(weights, 0.25 / 4 + 0.75 * losses / losses.sum())
-    alone = trainer._losses(batch.select(slice(0, 1))).mean()
+    torch.testing.assert_close(weights, 0.25 / losses.numel() + 0.75 * losses / losses.sum())
+    one = torch.zeros_like(weights)
+    one[1, 2] = 1.0
+    alone = trainer._losses(batch)[1, 2]
     expected = torch.autograd.grad(alone, list(trainer.model.parameters()))
     gradients: list[torch.Tensor | None] = []
-    monkeypatch.setattr(trainer, "_next_batch", lambda progress: (batch, torch.tensor([1.0, 0.0, 0.0, 0.0])))
+    monkeypatch.setattr(trainer, "_next_batch", lambda progress: (batch, one))
     monkeypatch.setattr(
         nn.utils, "clip_grad_norm_", lambda parameters, clip: gradients.extend(each.grad for each in parameters)
     )
@@ -511,7 +514,7 @@ def test_corruption_can_wait_for_the_end_of_the_plateau(tmp_path: Path) -> None:
     trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
 
     def wrong_inputs() -> int:
-        batch = trainer._next_batch(0.0)
+        batch, _ = trainer._next_batch(0.0)
         letters = batch.inputs[:, batch.answer_letters]
         return int((letters != batch.labels[:, batch.answer_letters - batch.answer_letters[0] + 1]).sum())
 
