@@ -138,27 +138,34 @@ class HeadDrop:
     look up the same outvote each other's errors; once their majority is right the loss says nothing of the others, and
     what is wrong in a few heads at a training length is wrong in most of them among a thousand times as many keys.
 
+    With `early` > 0 a share of the samples is without all of these heads in the first half of the layers. What they
+    look up, by content and over any distance, later layers have to find too, in keys that more layers put together.
+
     Args:
         model: a model of this recipe.
         probability: with which a head is left out, of all but one.
         alibi_heads: how many heads, from the first, always stay.
+        early: probability with which a sample is without those of the first half of the layers.
     """
 
-    def __init__(self, model: PreTrainedModel, probability: float, alibi_heads: int) -> None:
+    def __init__(self, model: PreTrainedModel, probability: float, alibi_heads: int, early: float = 0.0) -> None:
         if not 0 <= probability < 1:
             raise ValueError(f"the probability of leaving a head out must be at least 0 and below 1, got {probability}")
-        self.probability = probability
+        if not 0 <= early <= 1:
+            raise ValueError(f"the probability of leaving early heads out must be from 0 to 1, got {early}")
+        self.probability, self.early = probability, early
         self._layers = len(model.model.layers)
         self._heads, self._always = model.config.num_attention_heads - alibi_heads, alibi_heads
         self._head_dim = model.config.head_dim
         self._factors: list[torch.Tensor] | None = None  # of each layer, (samples, 1, channels)
-        if probability > 0 and self._heads > 0:
+        self._on = (probability > 0 or early > 0) and self._heads > 0
+        if self._on:
             for index, layer in enumerate(model.model.layers):
                 layer.self_attn.o_proj.register_forward_pre_hook(partial(self._kept, index))
 
     def draw(self, size: int, generator: torch.Generator, strength: float = 1.0) -> None:
         """Which heads each of the next `size` samples keeps; a head is left out with strength x probability."""
-        if self.probability == 0 or self._heads == 0:
+        if not self._on:
             return
         device = generator.device
         shape = (self._layers, size, self._heads)
@@ -166,6 +173,10 @@ class HeadDrop:
         one = torch.randint(self._heads, (*shape[:2], 1), generator=generator, device=device)
         kept = kept.scatter(2, one, True)
         factor = kept * (self._heads / kept.sum(dim=2, keepdim=True))
+        if self.early > 0:
+            factor[: self._layers // 2] *= (
+                torch.rand((size, 1), generator=generator, device=device) >= strength * self.early
+            )
         factor = torch.cat([factor.new_ones((*shape[:2], self._always)), factor], dim=2)
         self._factors = list(factor.repeat_interleave(self._head_dim, dim=2)[:, :, None].unbind())
 

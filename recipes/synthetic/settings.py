@@ -45,6 +45,11 @@ class RunSettings:
     head_drop: float = flag(
         0.0, "probability with which a head without ALiBi is left out, per sample and layer in training, all but one"
     )
+    early_drop: float = flag(
+        0.0,
+        "probability with which all heads without ALiBi of the first half of the layers are left out, per sample in "
+        "training: what they look up, later layers have to find too",
+    )
     key_noise: float = flag(
         0.0, "normal noise on keys in training, as a share of their root mean square; where: --key-noise-heads"
     )
@@ -104,6 +109,7 @@ class RunSettings:
             "jitter": self.jitter < 1,
             "channel-drop": self.channel_drop > 0,
             "head-drop": self.head_drop > 0,
+            "early-drop": self.early_drop > 0,
             "key-noise": self.key_noise > 0 and self.key_noise_heads != "all",
         }
         without_effect = [name for name, given in for_heads_without_alibi.items() if given]

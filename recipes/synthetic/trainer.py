@@ -72,7 +72,7 @@ class Trainer:
             settings.key_noise_heads == "all",
             settings.jitter_law == "log",
         )
-        self.heads = HeadDrop(self.model, settings.head_drop, alibi_heads)
+        self.heads = HeadDrop(self.model, settings.head_drop, alibi_heads, settings.early_drop)
         self.replay = HardReplay(settings.replay, settings.batch)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(

@@ -234,7 +234,7 @@ def test_qk_norm_bounds_scores_and_is_loaded_again(tmp_path: Path) -> None:
         build_model(small("max_retrieval"), "softmax", "nope", qk_norm=True)
 
 
-@pytest.mark.parametrize("flag", [{"jitter": 0.5}, {"channel_drop": 0.1}, {"head_drop": 0.1}])
+@pytest.mark.parametrize("flag", [{"jitter": 0.5}, {"channel_drop": 0.1}, {"head_drop": 0.1}, {"early_drop": 0.1}])
 def test_what_heads_with_alibi_do_not_have_is_refused_where_all_have_it(flag: dict[str, float]) -> None:
     RunSettings(positions="nape", **flag)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"{next(iter(flag)).replace('_', '-')} change heads without ALiBi"):
@@ -303,6 +303,31 @@ def test_of_the_dropped_heads_one_stays_and_the_sum_too() -> None:
     assert not torch.equal(*drop._factors[:2])
     with pytest.raises(ValueError, match="below 1, got 1.0"):
         HeadDrop(build_model(SMALL, "entmax", "nape"), 1.0, 2)
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.75])
+def test_a_share_of_the_samples_is_without_early_heads(probability: float) -> None:
+    """Without those that have no ALiBi, in all layers of the first half; later layers are as they are without it."""
+    model = build_model(replace(SMALL, layers=4), "entmax", "nape")
+    drop, without = HeadDrop(model, probability, 2, early=0.25), HeadDrop(model, probability, 2)
+    drop.draw(2000, torch.Generator().manual_seed(0))
+    without.draw(2000, torch.Generator().manual_seed(0))
+    assert drop._factors is not None
+    free = torch.stack([factor[:, 0, 2 * SMALL.head_dim :] for factor in drop._factors])
+    missing = ~free.any(dim=2)
+    assert abs(float(missing[0].float().mean()) - 0.25) < 0.03
+    assert torch.equal(missing[0], missing[1]) and not bool(missing[2:].any())
+    assert all(bool((factor[:, 0, : 2 * SMALL.head_dim] == 1).all()) for factor in drop._factors)
+    if probability == 0:
+        assert without._factors is None and bool((free[:, ~missing[0]] == 1).all())
+    else:
+        assert without._factors is not None
+        others = torch.stack([factor[:, 0, 2 * SMALL.head_dim :] for factor in without._factors])
+        assert torch.equal(free[2:], others[2:]) and torch.equal(free[:, ~missing[0]], others[:, ~missing[0]])
+    drop.draw(50, torch.Generator().manual_seed(0), 0.0)
+    assert all(bool((factor == 1).all()) for factor in drop._factors)
+    with pytest.raises(ValueError, match="early heads out must be from 0 to 1, got 1.5"):
+        HeadDrop(model, 0.0, 2, early=1.5)
 
 
 def test_keys_without_alibi_get_noise_of_their_size() -> None:
