@@ -265,9 +265,9 @@ def synthetic(*contents: dict[str, Any]) -> str:
             "Multi-query multi-token associative recall, trained on at most 64 tokens, exact match in %:",
             markdown_table(["", *(f"{64 * multiple:,} ({multiple}x)" for multiple in shown)], rows),
             f"Ours, {'; '.join(notes)}; there seeds 0 and 3 stayed on the loss's plateau and were given up, and seed 1 "
-            "has 86.5 at most. Our own training data have near misses among keys and values, so their row is no comparison "
-            "with the published ones (the paper's, best of 3 seeds, and an independent group's, both on the paper's "
-            "data); no other attention had both of our two runs yet. Tables, figures and what else was "
+            "has 86.5 at most. Our own training data have near misses among keys and values, so their row is no "
+            "comparison with the published ones (the paper's, best of 3 seeds, and an independent group's, both on the "
+            "paper's data); no other attention had both of our two runs yet. Tables, figures and what else was "
             "tried: [recipes/synthetic](recipes/synthetic/README.md); model cards: [own](model_cards/mqmtar-own.md), "
             "[paper](model_cards/mqmtar-paper.md).",
             *origins,

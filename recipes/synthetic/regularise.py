@@ -140,6 +140,7 @@ class HeadDrop:
 
     With `early` > 0 a share of the samples is without all of these heads in the first half of the layers. What they
     look up, by content and over any distance, later layers have to find too, in keys that more layers put together.
+    With 1 no sample has them in the end: `silence` then takes them out of the model.
 
     Args:
         model: a model of this recipe.
@@ -163,8 +164,14 @@ class HeadDrop:
             for index, layer in enumerate(model.model.layers):
                 layer.self_attn.o_proj.register_forward_pre_hook(partial(self._kept, index))
 
-    def draw(self, size: int, generator: torch.Generator, strength: float = 1.0) -> None:
-        """Which heads each of the next `size` samples keeps; a head is left out with strength x probability."""
+    def draw(
+        self, size: int, generator: torch.Generator, strength: float = 1.0, early_strength: float | None = None
+    ) -> None:
+        """Which heads each of the next `size` samples keeps; a head is left out with strength x probability.
+
+        Args:
+            early_strength: the same for `early`; None for `strength`.
+        """
         if not self._on:
             return
         device = generator.device
@@ -174,9 +181,9 @@ class HeadDrop:
         kept = kept.scatter(2, one, True)
         factor = kept * (self._heads / kept.sum(dim=2, keepdim=True))
         if self.early > 0:
-            factor[: self._layers // 2] *= (
-                torch.rand((size, 1), generator=generator, device=device) >= strength * self.early
-            )
+            without = self.early * (strength if early_strength is None else early_strength)
+            has_early = torch.rand((size, 1), generator=generator, device=device) >= without
+            factor[: self._layers // 2] *= has_early
         factor = torch.cat([factor.new_ones((*shape[:2], self._always)), factor], dim=2)
         self._factors = list(factor.repeat_interleave(self._head_dim, dim=2)[:, :, None].unbind())
 
@@ -186,3 +193,9 @@ class HeadDrop:
         if not projection.training or self._factors is None:
             return None
         return ((inputs[0] * self._factors[layer]).to(inputs[0].dtype),)
+
+    @torch.no_grad()
+    def silence(self, model: PreTrainedModel) -> None:
+        """The model without the heads that `early` leaves out: their output weights become zero."""
+        for layer in model.model.layers[: self._layers // 2]:
+            layer.self_attn.o_proj.weight[:, self._always * self._head_dim :] = 0

@@ -72,6 +72,9 @@ class Trainer:
             settings.key_noise_heads == "all",
             settings.jitter_law == "log",
         )
+        self.without_early = (
+            settings.early_drop == 1 and self.earlier is not None and self.earlier["settings"].get("early_drop") == 1
+        )
         self.heads = HeadDrop(self.model, settings.head_drop, alibi_heads, settings.early_drop)
         self.replay = HardReplay(settings.replay, settings.batch)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
@@ -214,7 +217,7 @@ class Trainer:
             self.alpha = alpha
         batch, weights = self._next_batch(progress)
         self.jitter.draw(len(batch), batch.inputs.shape[1], self.data, self._eased_in(), self.noise_times)
-        self.heads.draw(len(batch), self.data, self._eased_in())
+        self.heads.draw(len(batch), self.data, self._eased_in(), self._early_eased_in())
         losses = self._losses(batch)
         loss = (losses * weights).sum()
         for group in self.optimizer.param_groups:
@@ -243,6 +246,15 @@ class Trainer:
         if self.left_plateau is None:
             return 0.0
         return min(1.0, (self.step - self.left_plateau["step"]) / self.settings.ease_in)
+
+    def _early_eased_in(self) -> float:
+        """The same for early heads; where the run begins with a model that has none, they stay away."""
+        return 1.0 if self.without_early else self._eased_in()
+
+    @property
+    def _silent(self) -> bool:
+        """Whether no sample has early heads any more: then the model is judged, validated and kept without them."""
+        return self.settings.early_drop == 1 and self._early_eased_in() == 1
 
     def _next_batch(self, progress: float) -> tuple[Batch, torch.Tensor]:
         """What to train on, and the weight of each target's loss (samples, targets), which sum to 1."""
@@ -285,7 +297,7 @@ class Trainer:
         """
         size = self.settings.batch
         self.jitter.lowest(size, self.device)
-        self.heads.draw(size, self.data, 0.0)
+        self.heads.draw(size, self.data, 0.0, float(self._silent))
         starts = range(0, len(batch), size)
         return torch.cat([self._losses(batch.select(slice(start, start + size))) for start in starts])
 
@@ -309,6 +321,7 @@ class Trainer:
 
     def _validate(self, bar: tqdm[Any]) -> None:
         self.model.eval()
+        self._silence()
         length = self.settings.validate_multiple * self.task.max_length
         result = measure(self.kept_model, self.task, length, self.settings.validate_samples, seed=VALIDATION_SEED)
         self.model.train()
@@ -318,7 +331,12 @@ class Trainer:
         if better:
             self._keep()
 
+    def _silence(self) -> None:
+        if self._silent:
+            self.heads.silence(self.kept_model)
+
     def _keep(self) -> None:
+        self._silence()
         self.kept_model.save_pretrained(self.folder / "model")
         self.kept_step = self.step
 

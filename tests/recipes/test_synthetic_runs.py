@@ -19,6 +19,7 @@ from huggingface_hub import ModelCard
 from torch import nn
 
 from hf_asentmax.integration.install import scaling_of
+from recipes.common import write_json
 from recipes.recording import AttentionCall, recorded_attention
 from recipes.synthetic import evaluate, lookup, margins, measuring, mistakes, model_card, report, train
 from recipes.synthetic.measuring import measure, wilson_interval
@@ -234,7 +235,7 @@ def test_qk_norm_bounds_scores_and_is_loaded_again(tmp_path: Path) -> None:
         build_model(small("max_retrieval"), "softmax", "nope", qk_norm=True)
 
 
-@pytest.mark.parametrize("flag", [{"jitter": 0.5}, {"channel_drop": 0.1}, {"head_drop": 0.1}, {"early_drop": 0.1}])
+@pytest.mark.parametrize("flag", [{"jitter": 0.5}, {"channel_drop": 0.1}, {"head_drop": 0.1}])
 def test_what_heads_with_alibi_do_not_have_is_refused_where_all_have_it(flag: dict[str, float]) -> None:
     RunSettings(positions="nape", **flag)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"{next(iter(flag)).replace('_', '-')} change heads without ALiBi"):
@@ -328,6 +329,41 @@ def test_a_share_of_the_samples_is_without_early_heads(probability: float) -> No
     assert all(bool((factor == 1).all()) for factor in drop._factors)
     with pytest.raises(ValueError, match="early heads out must be from 0 to 1, got 1.5"):
         HeadDrop(model, 0.0, 2, early=1.5)
+
+
+def test_without_early_heads_in_the_end(tmp_path: Path) -> None:
+    """With a probability of 1 the model is judged, validated and kept without them, and a further run has none."""
+    settings = RunSettings(
+        steps=8, batch=4, warmup=0, early_drop=1.0, ease_in=2, plateau=100, log_every=1, average=0.5, weight_decay=0.1
+    )
+    trainer = Trainer(SMALL, settings, 0, tmp_path / "first" / "seed0", CPU)
+    first = SMALL.heads // 2 * SMALL.head_dim
+    batch = SMALL.test_batch(4, 64, torch.Generator().manual_seed(0))
+    with_them = trainer._hardness(batch)
+    trainer.run()
+    write_json(tmp_path / "first" / "seed0" / "run.json", trainer.summary())
+    kept = load_model(tmp_path / "first" / "seed0" / "model")
+    weights = [layer.self_attn.o_proj.weight for layer in kept.model.layers]
+    assert not bool(weights[0][:, first:].any()) and bool(weights[1][:, first:].all())
+    assert bool(weights[0][:, :first].all())
+    trainer.model.load_state_dict(kept.state_dict())
+    trainer.model.train()
+    judged = trainer._hardness(batch)
+    with torch.no_grad():
+        trainer.model.model.layers[0].self_attn.o_proj.weight[:, first:] = 1
+    torch.testing.assert_close(trainer._hardness(batch), judged, rtol=0, atol=0)
+    assert not torch.allclose(with_them, judged)
+    further = replace(settings, start_from=str(tmp_path / "first" / "seed0"), average=0.0, ease_in=1000)
+    second = Trainer(SMALL, further, 0, tmp_path / "second" / "seed0", CPU)
+    second._update()
+    assert second.heads._factors is not None and not bool(second.heads._factors[0][..., first:].any())
+    second.run()
+    kept = load_model(tmp_path / "second" / "seed0" / "model")
+    assert not bool(kept.model.layers[0].self_attn.o_proj.weight[:, first:].any())
+    again = Trainer(SMALL, replace(further, early_drop=0.5), 0, tmp_path / "third" / "seed0", CPU)
+    assert not again.without_early and not again._silent
+    with pytest.raises(ValueError, match="positions rope have no such heads beside others"):
+        RunSettings(positions="rope", early_drop=0.5)
 
 
 def test_keys_without_alibi_get_noise_of_their_size() -> None:
