@@ -156,6 +156,9 @@ class HeadDrop:
             raise ValueError(f"the probability of leaving early heads out must be from 0 to 1, got {early}")
         self.probability, self.early = probability, early
         self._layers = len(model.model.layers)
+        self._early_layers = self._layers // 2
+        if early > 0 and self._early_layers == 0:
+            raise ValueError("early heads are those of the first half of the layers, and the model has one layer")
         self._heads, self._always = model.config.num_attention_heads - alibi_heads, alibi_heads
         self._head_dim = model.config.head_dim
         self._factors: list[torch.Tensor] | None = None  # of each layer, (samples, 1, channels)
@@ -183,7 +186,7 @@ class HeadDrop:
         if self.early > 0:
             without = self.early * (strength if early_strength is None else early_strength)
             has_early = torch.rand((size, 1), generator=generator, device=device) >= without
-            factor[: self._layers // 2] *= has_early
+            factor[: self._early_layers] *= has_early
         factor = torch.cat([factor.new_ones((*shape[:2], self._always)), factor], dim=2)
         self._factors = list(factor.repeat_interleave(self._head_dim, dim=2)[:, :, None].unbind())
 
@@ -197,5 +200,13 @@ class HeadDrop:
     @torch.no_grad()
     def silence(self, model: PreTrainedModel) -> None:
         """The model without the heads that `early` leaves out: their output weights become zero."""
-        for layer in model.model.layers[: self._layers // 2]:
-            layer.self_attn.o_proj.weight[:, self._always * self._head_dim :] = 0
+        for weight in self._early_weights(model):
+            weight.zero_()
+
+    def is_silent(self, model: PreTrainedModel) -> bool:
+        """Whether the model is without them."""
+        return not any(bool(weight.any()) for weight in self._early_weights(model))
+
+    def _early_weights(self, model: PreTrainedModel) -> list[torch.Tensor]:
+        first = self._always * self._head_dim
+        return [layer.self_attn.o_proj.weight[:, first:] for layer in model.model.layers[: self._early_layers]]

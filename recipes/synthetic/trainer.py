@@ -61,8 +61,8 @@ class Trainer:
         self.earlier = _start_from(self.model, task, settings) if settings.start_from else None
         if settings.bf16_weights:
             self.model.to(torch.bfloat16)  # type: ignore[arg-type]
-        alibi_heads = {"nape": task.heads // 2, "alibi": task.heads}.get(settings.positions, 0)
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.average > 0 else None
+        alibi_heads = {"nape": task.heads // 2, "alibi": task.heads}.get(settings.positions, 0)
         self.jitter = ScoreJitter(
             self.model,
             settings.jitter,
@@ -72,10 +72,8 @@ class Trainer:
             settings.key_noise_heads == "all",
             settings.jitter_law == "log",
         )
-        self.without_early = (
-            settings.early_drop == 1 and self.earlier is not None and self.earlier["settings"].get("early_drop") == 1
-        )
         self.heads = HeadDrop(self.model, settings.head_drop, alibi_heads, settings.early_drop)
+        self.without_early = settings.early_drop == 1 and self.heads.is_silent(self.model)  # as start-from gave it
         self.replay = HardReplay(settings.replay, settings.batch)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(
@@ -164,6 +162,8 @@ class Trainer:
                 self._save()
                 last_save = now
         bar.close()
+        if self.settings.early_drop == 1 and not self._silent and not self.given_up:
+            tqdm.write("early-drop: the run ended before --ease-in was over, and its model has its early heads still")
         self.model.eval()
         if self.settings.validations == 0 and not self.given_up:
             self._keep()
@@ -272,8 +272,8 @@ class Trainer:
             batch = self.replay.mix(batch, lengths)
         strength = self._eased_in() if settings.ease_corrupt else 1.0
         batch = corrupted_answers(batch, self.task, strength * settings.corrupt, self.data)
-        hardness: torch.Tensor | None = None
-        if choosing or replaying or (settings.hard_weight > 0 and left):
+        weighing = settings.hard_weight > 0 and left
+        if choosing or replaying or weighing:
             # Judged with corrupted answers, which give nothing away; kept without.
             hardness = self._hardness(batch)
             losses = hardness.sum(dim=1)
@@ -284,7 +284,7 @@ class Trainer:
                 batch, hardness = batch.select(hardest), hardness[hardest]
         scored = (batch.labels != IGNORED).float()
         weights = scored / scored.sum()
-        if hardness is not None and settings.hard_weight > 0 and left:
+        if weighing:
             weights = torch.lerp(weights, hardness / hardness.sum().clamp(min=1e-30), settings.hard_weight)
         return batch, weights
 

@@ -329,9 +329,11 @@ def test_a_share_of_the_samples_is_without_early_heads(probability: float) -> No
     assert all(bool((factor == 1).all()) for factor in drop._factors)
     with pytest.raises(ValueError, match="early heads out must be from 0 to 1, got 1.5"):
         HeadDrop(model, 0.0, 2, early=1.5)
+    with pytest.raises(ValueError, match="the model has one layer"):
+        HeadDrop(build_model(replace(SMALL, layers=1), "entmax", "nape"), 0.0, 2, early=0.5)
 
 
-def test_without_early_heads_in_the_end(tmp_path: Path) -> None:
+def test_without_early_heads_in_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With a probability of 1 the model is judged, validated and kept without them, and a further run has none."""
     settings = RunSettings(
         steps=8, batch=4, warmup=0, early_drop=1.0, ease_in=2, plateau=100, log_every=1, average=0.5, weight_decay=0.1
@@ -341,6 +343,7 @@ def test_without_early_heads_in_the_end(tmp_path: Path) -> None:
     batch = SMALL.test_batch(4, 64, torch.Generator().manual_seed(0))
     with_them = trainer._hardness(batch)
     trainer.run()
+    assert "early heads still" not in capsys.readouterr().out
     write_json(tmp_path / "first" / "seed0" / "run.json", trainer.summary())
     kept = load_model(tmp_path / "first" / "seed0" / "model")
     weights = [layer.self_attn.o_proj.weight for layer in kept.model.layers]
@@ -362,6 +365,12 @@ def test_without_early_heads_in_the_end(tmp_path: Path) -> None:
     assert not bool(kept.model.layers[0].self_attn.o_proj.weight[:, first:].any())
     again = Trainer(SMALL, replace(further, early_drop=0.5), 0, tmp_path / "third" / "seed0", CPU)
     assert not again.without_early and not again._silent
+    unfinished = Trainer(SMALL, replace(settings, ease_in=1000), 0, tmp_path / "fourth" / "seed0", CPU)
+    unfinished.run()
+    assert "before --ease-in was over, and its model has its early heads still" in capsys.readouterr().out
+    write_json(tmp_path / "fourth" / "seed0" / "run.json", unfinished.summary())
+    on = replace(further, start_from=str(tmp_path / "fourth" / "seed0"))
+    assert not Trainer(SMALL, on, 0, tmp_path / "fifth" / "seed0", CPU).without_early
     with pytest.raises(ValueError, match="positions rope have no such heads beside others"):
         RunSettings(positions="rope", early_drop=0.5)
 
@@ -760,6 +769,8 @@ def test_mqmtar_in_two_runs(distribution: str, tmp_path: Path) -> None:
     assert result["run"]["track"] == distribution and result["run"]["started_from"]["samples"] > 0
     assert result["run"]["settings"]["head_drop"] == 0.75
     assert result["run"]["settings"]["hard_candidates"] == (4 if distribution == "paper" else 1)
+    assert result["run"]["settings"]["hard_weight"] == (0.3 if distribution == "paper" else 0.0)
+    assert result["run"]["settings"]["jitter_law"] == ("log" if distribution == "paper" else "uniform")
     assert result["run"]["task_settings"]["swapped"] == (0.2 if distribution == "own" else 0.0)
     shown = run(["bash", script, "--help"]).stdout
     assert shown.startswith("MQMTAR in two runs") and "MORE_MINUTES" in shown and "set -" not in shown
