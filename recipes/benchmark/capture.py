@@ -31,7 +31,7 @@ def capture(run: Path, length: int, layer: int, device: torch.device) -> dict[st
     model = load_model(run / "model").to(device)  # type: ignore[arg-type]  # transformers wraps Module.to
     task = task_of(json.loads((run / "run.json").read_text()))
     batch = next(iter(fixed_batches(task, length, 1, 1, seed=0))).to(device)
-    with recorded_attention() as calls, autocast(device):
+    with recorded_attention() as calls, autocast(task, device):
         outputs_at(model, batch)
     call = calls[layer]
     slopes = call.options.get("alibi_slopes")

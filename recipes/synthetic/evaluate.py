@@ -23,7 +23,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.common import default_device, results_header, write_json
-from recipes.synthetic.measuring import measure
+from recipes.synthetic.measuring import measure, set_matmul_precision
 from recipes.synthetic.models import load_model
 from recipes.synthetic.tasks import TASKS, Task
 
@@ -67,6 +67,7 @@ def evaluate_run(
             commands = [*earlier["evaluation"]["command"].split("; "), results["evaluation"]["command"]]
             results["evaluation"]["command"] = "; ".join(dict.fromkeys(commands))
     task = task_of(run)
+    set_matmul_precision(task)
     model: PreTrainedModel | None = None
     for multiple in multiples or task.test_multiples:
         wanted = samples if multiple <= 64 else long_samples
@@ -105,7 +106,6 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
 
     logging.disable_progress_bar()
-    torch.set_float32_matmul_precision("high")
     folders = sorted({file.parent for run in parsed.runs for file in run.rglob("run.json")})
     if not folders:
         parser.error(f"no finished run below {', '.join(map(str, parsed.runs))}")

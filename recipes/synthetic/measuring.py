@@ -18,7 +18,16 @@ from transformers import PreTrainedModel
 from recipes.synthetic.models import outputs_at
 from recipes.synthetic.tasks import IGNORED, Batch, Task
 
-__all__ = ["TEST_SEED", "VALIDATION_SEED", "autocast", "fixed_batches", "measure", "predictions", "wilson_interval"]
+__all__ = [
+    "TEST_SEED",
+    "VALIDATION_SEED",
+    "autocast",
+    "fixed_batches",
+    "measure",
+    "predictions",
+    "set_matmul_precision",
+    "wilson_interval",
+]
 
 TEST_SEED, VALIDATION_SEED = 1, 2
 
@@ -34,9 +43,14 @@ def wilson_interval(successes: int, trials: int, z: float = 1.96) -> tuple[float
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 compute on a GPU, over weights in float32; nothing on a CPU."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+def autocast(task: Task, device: torch.device) -> torch.autocast:
+    """bfloat16 compute on a GPU, over weights in float32; nothing on a CPU, or for a task that needs float32."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" and not task.float32)
+
+
+def set_matmul_precision(task: Task) -> None:
+    """For all float32 products of this process: a GPU's tf32 (10 bits), or float32 for a task that needs it."""
+    torch.set_float32_matmul_precision("highest" if task.float32 else "high")
 
 
 def fixed_batches(task: Task, length: int, samples: int, batch_size: int, seed: int) -> Iterator[Batch]:
@@ -59,7 +73,7 @@ def predictions(
     batch_size = max(1, min(256, tokens_at_once // length))
     for on_cpu in fixed_batches(task, length, samples, batch_size, seed):
         batch = on_cpu.to(device)
-        with autocast(device):
+        with autocast(task, device):
             predicted = outputs_at(model, batch).argmax(dim=-1)
         yield batch, predicted
 

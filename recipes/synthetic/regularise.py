@@ -138,44 +138,27 @@ class HeadDrop:
     look up the same outvote each other's errors; once their majority is right the loss says nothing of the others, and
     what is wrong in a few heads at a training length is wrong in most of them among a thousand times as many keys.
 
-    With `early` > 0 a share of the samples is without all of these heads in the first half of the layers. What they
-    look up, by content and over any distance, later layers have to find too, in keys that more layers put together.
-    With 1 no sample has them in the end: `silence` then takes them out of the model.
-
     Args:
         model: a model of this recipe.
         probability: with which a head is left out, of all but one.
         alibi_heads: how many heads, from the first, always stay.
-        early: probability with which a sample is without those of the first half of the layers.
     """
 
-    def __init__(self, model: PreTrainedModel, probability: float, alibi_heads: int, early: float = 0.0) -> None:
+    def __init__(self, model: PreTrainedModel, probability: float, alibi_heads: int) -> None:
         if not 0 <= probability < 1:
             raise ValueError(f"the probability of leaving a head out must be at least 0 and below 1, got {probability}")
-        if not 0 <= early <= 1:
-            raise ValueError(f"the probability of leaving early heads out must be from 0 to 1, got {early}")
-        self.probability, self.early = probability, early
+        self.probability = probability
         self._layers = len(model.model.layers)
-        self._early_layers = self._layers // 2
-        if early > 0 and self._early_layers == 0:
-            raise ValueError("early heads are those of the first half of the layers, and the model has one layer")
         self._heads, self._always = model.config.num_attention_heads - alibi_heads, alibi_heads
         self._head_dim = model.config.head_dim
         self._factors: list[torch.Tensor] | None = None  # of each layer, (samples, 1, channels)
-        self._on = (probability > 0 or early > 0) and self._heads > 0
-        if self._on:
+        if probability > 0 and self._heads > 0:
             for index, layer in enumerate(model.model.layers):
                 layer.self_attn.o_proj.register_forward_pre_hook(partial(self._kept, index))
 
-    def draw(
-        self, size: int, generator: torch.Generator, strength: float = 1.0, early_strength: float | None = None
-    ) -> None:
-        """Which heads each of the next `size` samples keeps; a head is left out with strength x probability.
-
-        Args:
-            early_strength: the same for `early`; None for `strength`.
-        """
-        if not self._on:
+    def draw(self, size: int, generator: torch.Generator, strength: float = 1.0) -> None:
+        """Which heads each of the next `size` samples keeps; a head is left out with strength x probability."""
+        if self.probability == 0 or self._heads == 0:
             return
         device = generator.device
         shape = (self._layers, size, self._heads)
@@ -183,10 +166,6 @@ class HeadDrop:
         one = torch.randint(self._heads, (*shape[:2], 1), generator=generator, device=device)
         kept = kept.scatter(2, one, True)
         factor = kept * (self._heads / kept.sum(dim=2, keepdim=True))
-        if self.early > 0:
-            without = self.early * (strength if early_strength is None else early_strength)
-            has_early = torch.rand((size, 1), generator=generator, device=device) >= without
-            factor[: self._early_layers] *= has_early
         factor = torch.cat([factor.new_ones((*shape[:2], self._always)), factor], dim=2)
         self._factors = list(factor.repeat_interleave(self._head_dim, dim=2)[:, :, None].unbind())
 
@@ -196,17 +175,3 @@ class HeadDrop:
         if not projection.training or self._factors is None:
             return None
         return ((inputs[0] * self._factors[layer]).to(inputs[0].dtype),)
-
-    @torch.no_grad()
-    def silence(self, model: PreTrainedModel) -> None:
-        """The model without the heads that `early` leaves out: their output weights become zero."""
-        for weight in self._early_weights(model):
-            weight.zero_()
-
-    def is_silent(self, model: PreTrainedModel) -> bool:
-        """Whether the model is without them."""
-        return not any(bool(weight.any()) for weight in self._early_weights(model))
-
-    def _early_weights(self, model: PreTrainedModel) -> list[torch.Tensor]:
-        first = self._always * self._head_dim
-        return [layer.self_attn.o_proj.weight[:, first:] for layer in model.model.layers[: self._early_layers]]

@@ -45,11 +45,6 @@ class RunSettings:
     head_drop: float = flag(
         0.0, "probability with which a head without ALiBi is left out, per sample and layer in training, all but one"
     )
-    early_drop: float = flag(
-        0.0,
-        "probability with which all heads without ALiBi of the first half of the layers are left out, per sample in "
-        "training: what they look up, later layers have to find too; with 1 the model is kept without them",
-    )
     key_noise: float = flag(
         0.0, "normal noise on keys in training, as a share of their root mean square; where: --key-noise-heads"
     )
@@ -116,11 +111,6 @@ class RunSettings:
             raise ValueError(
                 f"{' and '.join(without_effect)} change heads without ALiBi, and positions alibi leave none: "
                 "leave them out, or take nape or nope"
-            )
-        if self.early_drop > 0 and self.positions != "nape":
-            raise ValueError(
-                "early-drop leaves early layers to their heads with ALiBi, and positions "
-                f"{self.positions} have no such heads beside others: take nape, or leave it out"
             )
         if self.start_from and (self.projection_std or self.gamma_start):
             raise ValueError("projection-std and gamma-start set the weights at the start, which start-from gives")

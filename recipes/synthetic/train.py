@@ -20,6 +20,7 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.common import default_device, results_header, write_json
+from recipes.synthetic.measuring import set_matmul_precision
 from recipes.synthetic.settings import RunSettings, add_flags, from_flags
 from recipes.synthetic.tasks import TASKS
 from recipes.synthetic.trainer import Trainer
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     task, settings = from_flags(task_class, parsed), from_flags(RunSettings, parsed)
 
     logging.disable_progress_bar()
-    torch.set_float32_matmul_precision("high")
+    set_matmul_precision(task)
     start = time.monotonic()
     for seed in parsed.seeds:
         folder = parsed.out / run_name(task.name, settings, parsed.name) / f"seed{seed}"

@@ -61,8 +61,8 @@ class Trainer:
         self.earlier = _start_from(self.model, task, settings) if settings.start_from else None
         if settings.bf16_weights:
             self.model.to(torch.bfloat16)  # type: ignore[arg-type]
-        self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.average > 0 else None
         alibi_heads = {"nape": task.heads // 2, "alibi": task.heads}.get(settings.positions, 0)
+        self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.average > 0 else None
         self.jitter = ScoreJitter(
             self.model,
             settings.jitter,
@@ -72,8 +72,7 @@ class Trainer:
             settings.key_noise_heads == "all",
             settings.jitter_law == "log",
         )
-        self.heads = HeadDrop(self.model, settings.head_drop, alibi_heads, settings.early_drop)
-        self.without_early = settings.early_drop == 1 and self.heads.is_silent(self.model)  # as start-from gave it
+        self.heads = HeadDrop(self.model, settings.head_drop, alibi_heads)
         self.replay = HardReplay(settings.replay, settings.batch)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(
@@ -162,8 +161,6 @@ class Trainer:
                 self._save()
                 last_save = now
         bar.close()
-        if self.settings.early_drop == 1 and not self._silent and not self.given_up:
-            tqdm.write("early-drop: the run ended before --ease-in was over, and its model has its early heads still")
         self.model.eval()
         if self.settings.validations == 0 and not self.given_up:
             self._keep()
@@ -217,7 +214,7 @@ class Trainer:
             self.alpha = alpha
         batch, weights = self._next_batch(progress)
         self.jitter.draw(len(batch), batch.inputs.shape[1], self.data, self._eased_in(), self.noise_times)
-        self.heads.draw(len(batch), self.data, self._eased_in(), self._early_eased_in())
+        self.heads.draw(len(batch), self.data, self._eased_in())
         losses = self._losses(batch)
         loss = (losses * weights).sum()
         for group in self.optimizer.param_groups:
@@ -246,15 +243,6 @@ class Trainer:
         if self.left_plateau is None:
             return 0.0
         return min(1.0, (self.step - self.left_plateau["step"]) / self.settings.ease_in)
-
-    def _early_eased_in(self) -> float:
-        """The same for early heads; where the run begins with a model that has none, they stay away."""
-        return 1.0 if self.without_early else self._eased_in()
-
-    @property
-    def _silent(self) -> bool:
-        """Whether no sample has early heads any more: then the model is judged, validated and kept without them."""
-        return self.settings.early_drop == 1 and self._early_eased_in() == 1
 
     def _next_batch(self, progress: float) -> tuple[Batch, torch.Tensor]:
         """What to train on, and the weight of each target's loss (samples, targets), which sum to 1."""
@@ -297,13 +285,13 @@ class Trainer:
         """
         size = self.settings.batch
         self.jitter.lowest(size, self.device)
-        self.heads.draw(size, self.data, 0.0, float(self._silent))
+        self.heads.draw(size, self.data, 0.0)
         starts = range(0, len(batch), size)
         return torch.cat([self._losses(batch.select(slice(start, start + size))) for start in starts])
 
     def _losses(self, batch: Batch) -> torch.Tensor:
         """(batch, targets) losses, 0 where the label is IGNORED."""
-        with autocast(self.device):
+        with autocast(self.task, self.device):
             logits = outputs_at(self.forward, batch)
         return nn.functional.cross_entropy(logits.float().transpose(1, 2), batch.labels, reduction="none")
 
@@ -321,7 +309,6 @@ class Trainer:
 
     def _validate(self, bar: tqdm[Any]) -> None:
         self.model.eval()
-        self._silence()
         length = self.settings.validate_multiple * self.task.max_length
         result = measure(self.kept_model, self.task, length, self.settings.validate_samples, seed=VALIDATION_SEED)
         self.model.train()
@@ -331,12 +318,7 @@ class Trainer:
         if better:
             self._keep()
 
-    def _silence(self) -> None:
-        if self._silent:
-            self.heads.silence(self.kept_model)
-
     def _keep(self) -> None:
-        self._silence()
         self.kept_model.save_pretrained(self.folder / "model")
         self.kept_step = self.step
 

@@ -8,6 +8,7 @@ from itertools import groupby
 import pytest
 import torch
 
+from recipes.synthetic.measuring import autocast, set_matmul_precision
 from recipes.synthetic.tasks import IGNORED, TASKS, Batch, Mqmtar, Task
 from recipes.synthetic.tasks.mqmtar import swapped
 from recipes.synthetic.tasks.words import WordPool, distinct_integers, has_repeats
@@ -98,6 +99,31 @@ def test_max_retrieval(length: int) -> None:
     assert (items[..., 1:].sum(dim=2) == 1).all() and (items[..., 0] < 1).all()
     for row, label in zip(items, batch.labels[:, 0], strict=True):
         assert row[row[:, 0].argmax(), 1:].argmax() == label
+
+
+def test_max_retrieval_computes_in_float32() -> None:
+    task = TASKS["max_retrieval"]()
+    batch = task.test_batch(64, 4096, torch.Generator().manual_seed(0))
+    largest = batch.inputs[:, :-1, 0].topk(2, dim=1).values
+    told_apart = [
+        (largest.to(dtype)[:, 0] > largest.to(dtype)[:, 1]).float().mean() for dtype in (torch.bfloat16, None)
+    ]
+    assert told_apart[0] < 0.2 and told_apart[1] == 1  # so bfloat16 caps what any model can reach
+    before = torch.get_float32_matmul_precision()
+    try:
+        for other, precision in ((task, "highest"), (TASKS["copy"](), "high")):
+            set_matmul_precision(other)
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="autocast as on a GPU")
+def test_which_tasks_compute_in_bfloat16_on_a_gpu() -> None:
+    for name, task in TASKS.items():
+        with autocast(task(), torch.device("cuda")):
+            assert torch.is_autocast_enabled("cuda") == (name != "max_retrieval")
 
 
 def parsed_mqmtar(

@@ -97,6 +97,8 @@ class Task:
     test_multiples: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16, 32, 64)
     # Where the alphabet starts among the data tokens.
     FIRST_LETTER: ClassVar[int] = 0
+    # Whether a GPU has to compute in float32: where samples hold numbers that bfloat16 can't tell apart.
+    float32: ClassVar[bool] = False
 
     min_length: int = flag(32, "shortest source in training")
     max_length: int = flag(64, "longest source in training, and what 1x means in evaluation")

@@ -16,11 +16,13 @@ __all__ = ["MaxRetrieval"]
 class MaxRetrieval(Task):
     """A set of items, each a priority in [0, 1) beside a one-hot class; then one item that is all zeros, and asks.
 
-    The output at the last item has to be the class of the item with the largest priority.
+    The output at the last item has to be the class of the item with the largest priority. Among 4,096 items the two
+    largest are 1/4,096 apart, and bfloat16 rounds numbers near 1 to multiples of 1/256: the model computes in float32.
     """
 
     name: ClassVar[str] = "max_retrieval"
     test_multiples: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    float32: ClassVar[bool] = True
 
     min_length: int = flag(16, "fewest items in training")
     max_length: int = flag(16, "most items in training, and what 1x means in evaluation")
