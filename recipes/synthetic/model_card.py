@@ -2,6 +2,8 @@
 
     python recipes/synthetic/model_card.py            # writes model_cards/TASK-TRACK.md
 
+Tables whose best model has not learnt its task at the training length get none.
+
 The card is what `push_to_hub` wants beside the weights: metadata with the results, what the model is for, how it was
 trained and tested, and what it can't do. The weights themselves are made by the command that the card names.
 """
@@ -25,6 +27,7 @@ __all__ = ["card", "main"]
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
+LEARNT = 95  # % exact match at the training length, below which a model has not learnt its task
 
 
 def _commands(run: dict[str, Any]) -> list[str]:
@@ -106,8 +109,13 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"no results files in {parsed.results}; evaluate.py writes them")
     parsed.out.mkdir(parents=True, exist_ok=True)
     for (task, track), members in tables(grouped(results)):
+        group = best(members)
+        learnt = group.pooled(1)
+        if learnt is not None and learnt[0] < LEARNT:
+            print(f"no card for {task}-{track}: {learnt[0]:.1f}% at the training length, {LEARNT}% are asked for")
+            continue
         file = parsed.out / f"{task}-{track}.md"
-        file.write_text(card(best(members)))
+        file.write_text(card(group))
         print(f"wrote {file}")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.common import length_axes, save_figure
+from recipes.common import OURS, length_axes, save_figure
 from recipes.synthetic.evaluate import RESULTS
 from recipes.synthetic.measuring import wilson_interval
 from recipes.synthetic.settings import RunSettings
@@ -33,6 +33,16 @@ PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json"
 # Settings that say nothing about how a model came to be, or have a column of their own.
 _UNNAMED = {"method", "positions", "steps", "minutes", "log_every", "save_every", "plateau", "compile"}
 _UNNAMED |= {"validations", "validate_multiple", "validate_samples", "start_from", "give_up"}
+# One color a method in every figure; published rows are gray.
+_COLORS = {
+    "asentmax": OURS[0],
+    "entmax": "#009e73",
+    "softmax": "#0072b2",
+    "ssmax": "#cc79a7",
+    "adaptive_temperature": "#56b4e9",
+    "topk": "#e69f00",
+    "stick_breaking": "#8c510a",
+}
 TRACKS = {"paper": "the paper's distribution", "own": "a distribution of our own"}
 
 
@@ -210,7 +220,7 @@ def figure(groups: list[Group], file: Path) -> None:
     methods = list(dict.fromkeys((group.method, group.positions) for group in groups))
     finest = [best([g for g in groups if (g.method, g.positions) == method]) for method in methods]
     for name, group in zip(names(groups), groups, strict=True):
-        color = f"C{methods.index((group.method, group.positions))}"
+        color = _COLORS[group.method]
         values = [(trained * multiple, group.pooled(multiple)) for multiple in sorted(group.multiples())]
         shown = [(length, *pooled) for length, pooled in values if pooled is not None]
         at, accuracy, low, high = zip(*shown, strict=True)
@@ -225,7 +235,7 @@ def figure(groups: list[Group], file: Path) -> None:
             label = f"{method}, {source}"
             axes.plot(theirs, row.values(), linestyle=style, color=shade, linewidth=1.2, marker=".", label=label)
     if len(finest) < len(groups):
-        axes.plot([], [], linewidth=0.8, color="C0", alpha=0.5, label="the same, other settings")
+        axes.plot([], [], linewidth=0.8, color="#555555", alpha=0.5, label="thin: other settings")
     axes.set(title=f"{task}, trained on {TRACKS[groups[0].track]}", ylabel="exact match, %", ylim=(-3, 103))
     axes.tick_params(axis="x", labelsize=7)
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
