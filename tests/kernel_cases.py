@@ -198,11 +198,15 @@ SMALL_CASES = [
     Case("dense-equal", q_len=140, heads=1, kind="equal"),
     Case("dense-huge", q_len=150, heads=1, kind="huge"),
     Case("dense-one", q_len=150, heads=1, kind="one"),
+    Case("single-training", dtype=_BF16, q_len=72, heads=2, alibi=True, strided=True),
+    Case("short-training", dtype=_BF16, q_len=131, heads=2, alibi=True, strided=True),
+    Case("short-training-equal", dtype=_BF16, q_len=131, heads=2, kind="equal", alibi=True),
+    Case("dense-training", dtype=_BF16, q_len=300, heads=2, head_dim=16, alibi=True),
 ]
 
 
 def _gpu_cases() -> list[Case]:
-    cases = [replace(case, name=f"{case.name}-bf16", dtype=_BF16) for case in SMALL_CASES]
+    cases = [replace(case, name=f"{case.name}-bf16", dtype=_BF16) for case in SMALL_CASES if case.dtype != _BF16]
     for head_dim in (16, 64, 80, 96, 112, 128, 256):
         cases.append(Case(f"dim-{head_dim}", q_len=711, heads=2, head_dim=head_dim, dtype=_BF16))
     cases += [Case(f"dim-{dim}-exact", q_len=333, heads=2, head_dim=dim) for dim in (80, 128, 256)]

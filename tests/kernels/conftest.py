@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import interpreted_bfloat16
 import pytest
 import torch
 
 from hf_asentmax.kernels import decode_op, launching, op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    interpreted_bfloat16.mend()
 
 
 @pytest.fixture

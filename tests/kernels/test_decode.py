@@ -51,11 +51,13 @@ SMALL = [
     Case("free", q_len=3, kv_len=400, batch=2, heads=4, kv_heads=2, mask="free", causal=False, alibi=True),
     Case("free-row", q_len=1, kv_len=400, batch=2, heads=4, kv_heads=2, mask="free", causal=False, alibi=True),
     Case("free-heads", q_len=3, kv_len=400, batch=2, heads=4, kv_heads=2, mask="free_heads", causal=False),
+    Case("brain", q_len=2, kv_len=385, heads=4, kv_heads=2, mask="left", alibi=True, dtype=_BF16),
+    Case("brain-near-uniform", q_len=1, kv_len=900, kind="near-uniform", dtype=_BF16),
 ]
 
 
 def _gpu_cases() -> list[Case]:
-    cases = [replace(case, name=f"{case.name}-bf16", dtype=_BF16) for case in SMALL]
+    cases = [replace(case, name=f"{case.name}-bf16", dtype=_BF16) for case in SMALL if case.dtype != _BF16]
     grouped: dict[str, Any] = {"q_len": 1, "heads": 8, "kv_heads": 2, "head_dim": 128, "dtype": _BF16}
     cases += [Case(f"long-{length}", kv_len=length, **grouped) for length in (4097, 32768, 131071, 131072)]
     cases += [
