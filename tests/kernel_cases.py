@@ -198,10 +198,10 @@ SMALL_CASES = [
     Case("dense-equal", q_len=140, heads=1, kind="equal"),
     Case("dense-huge", q_len=150, heads=1, kind="huge"),
     Case("dense-one", q_len=150, heads=1, kind="one"),
-    Case("single-training", dtype=_BF16, q_len=72, heads=2, alibi=True, strided=True),
-    Case("short-training", dtype=_BF16, q_len=131, heads=2, alibi=True, strided=True),
-    Case("short-training-equal", dtype=_BF16, q_len=131, heads=2, kind="equal", alibi=True),
-    Case("dense-training", dtype=_BF16, q_len=300, heads=2, head_dim=16, alibi=True),
+    Case("single-training", dtype=_BF16, q_len=72, alibi=True, strided=True),
+    Case("short-training", dtype=_BF16, q_len=131, alibi=True, strided=True),
+    Case("short-training-equal", dtype=_BF16, q_len=131, kind="equal", alibi=True),
+    Case("dense-training", dtype=_BF16, q_len=300, head_dim=16, alibi=True),
 ]
 
 

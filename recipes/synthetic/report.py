@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.common import OURS, length_axes, save_figure
+from recipes.common import OTHERS, OURS, length_axes, save_figure
 from recipes.synthetic.evaluate import RESULTS
 from recipes.synthetic.measuring import wilson_interval
 from recipes.synthetic.settings import RunSettings
@@ -34,15 +34,8 @@ PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json"
 _UNNAMED = {"method", "positions", "steps", "minutes", "log_every", "save_every", "plateau", "compile"}
 _UNNAMED |= {"validations", "validate_multiple", "validate_samples", "start_from", "give_up"}
 # One color a method in every figure; published rows are gray.
-_COLORS = {
-    "asentmax": OURS[0],
-    "entmax": "#009e73",
-    "softmax": "#0072b2",
-    "ssmax": "#cc79a7",
-    "adaptive_temperature": "#56b4e9",
-    "topk": "#e69f00",
-    "stick_breaking": "#8c510a",
-}
+_COLORED = ("asentmax", "softmax", "entmax", "ssmax", "adaptive_temperature", "topk", "stick_breaking")
+_COLORS = dict(zip(_COLORED, (OURS[0], *(color for color, _ in OTHERS[1:5]), "#e69f00", "#8c510a"), strict=True))
 TRACKS = {"paper": "the paper's distribution", "own": "a distribution of our own"}
 
 

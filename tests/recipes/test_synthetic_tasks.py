@@ -105,10 +105,10 @@ def test_max_retrieval_computes_in_float32() -> None:
     task = TASKS["max_retrieval"]()
     batch = task.test_batch(64, 4096, torch.Generator().manual_seed(0))
     largest = batch.inputs[:, :-1, 0].topk(2, dim=1).values
-    told_apart = [
-        (largest.to(dtype)[:, 0] > largest.to(dtype)[:, 1]).float().mean() for dtype in (torch.bfloat16, None)
-    ]
-    assert told_apart[0] < 0.2 and told_apart[1] == 1  # so bfloat16 caps what any model can reach
+    in_bfloat16, in_float32 = (
+        (numbers[:, 0] > numbers[:, 1]).float().mean() for numbers in (largest.bfloat16(), largest)
+    )
+    assert in_bfloat16 < 0.2 and in_float32 == 1  # so bfloat16 caps what any model can reach
     before = torch.get_float32_matmul_precision()
     try:
         for other, precision in ((task, "highest"), (TASKS["copy"](), "high")):
@@ -116,6 +116,16 @@ def test_max_retrieval_computes_in_float32() -> None:
             assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_computes_in_bfloat16(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+    monkeypatch.setattr(torch, "autocast", lambda *where, enabled: asked.append((*where, enabled)))
+    for device in ("cuda", "cpu"):
+        autocast(TASKS[name](), torch.device(device))
+    on_a_gpu = name != "max_retrieval"
+    assert asked == [("cuda", torch.bfloat16, on_a_gpu), ("cpu", torch.bfloat16, False)]
 
 
 @pytest.mark.gpu
