@@ -29,6 +29,7 @@ class RunSettings:
     minutes: float = flag(0.0, "training time of each seed, 0 for no limit; compilation and validation don't count")
     batch: int = flag(1024, "samples in an update")
     warmup: int = flag(500, "updates over which the learning rate rises")
+    qk_lr: float = flag(1.0, "factor on the learning rate of query and key projections, whose scores are multiplied")
     schedule: str = flag("linear", "linear (constant, then linear to 0) or cosine")
     decay: float = flag(0.5, "part of the run over which a linear schedule falls to 0")
     weight_decay: float = flag(0.0, "on matrices; length scalings, biases and norms have none")
@@ -85,6 +86,12 @@ class RunSettings:
     validate_multiple: int = flag(64, "length of the validation samples, in multiples of the longest in training")
     validate_samples: int = flag(512, "how many, apart from the test samples")
     plateau: float = flag(0.3, "a mean loss below this counts as having left the plateau")
+    rewind: float = flag(
+        0.0,
+        "once the plateau is left, a mean loss of more than so many times its median takes the run back to before it; "
+        "0: never",
+    )
+    rewind_lr: float = flag(0.5, "factor on the learning rate each time that happens")
     give_up: int = flag(0, "end a run that has not left the plateau after so many samples; 0: never")
     log_every: int = flag(100, "updates between two lines of the log")
     save_every: float = flag(60.0, "seconds between two checkpoints")
@@ -118,6 +125,8 @@ class RunSettings:
             raise ValueError("ease-corrupt takes as many updates as ease-in: give --ease-in")
         if not 0 <= self.hard_weight <= 1:
             raise ValueError(f"hard-weight must be from 0 to 1, got {self.hard_weight}")
+        if not self.qk_lr > 0:
+            raise ValueError(f"qk-lr must be above 0, got {self.qk_lr}")
         if not 0 <= self.average < 1:
             raise ValueError(f"average must be at least 0 and below 1, got {self.average}")
         if self.key_noise_heads not in ("nope", "all"):

@@ -21,6 +21,7 @@ from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
 from recipes.synthetic.models import build_model, load_model, outputs_at
 from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
+from recipes.synthetic.rewind import Rewind
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import IGNORED, Batch, Task
 
@@ -74,9 +75,10 @@ class Trainer:
         )
         self.heads = HeadDrop(self.model, settings.head_drop, alibi_heads)
         self.replay = HardReplay(settings.replay, settings.batch)
+        self.rewind = Rewind(settings.rewind, settings.rewind_lr)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(
-            hf_asentmax.parameter_groups(self.model, settings.weight_decay),
+            _with_rates(hf_asentmax.parameter_groups(self.model, settings.weight_decay), self.model, settings.qk_lr),
             lr=task.lr,
             betas=(0.9, 0.99),
             fused=device.type == "cuda",
@@ -183,6 +185,7 @@ class Trainer:
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds > 0 else 0.0,
             "started_from": self.earlier,
             "left_plateau": self.left_plateau,
+            "jumps": self.rewind.jumps,
             "given_up": self.given_up,
             "kept_step": self.kept_step,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -218,7 +221,8 @@ class Trainer:
         losses = self._losses(batch)
         loss = (losses * weights).sum()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.task.lr, self.step, progress, settings)
+            rate = learning_rate(self.task.lr, self.step, progress, settings)
+            group["lr"] = self.rewind.lr_factor * group["rate"] * rate
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
@@ -304,8 +308,22 @@ class Trainer:
         if self.left_plateau is None and loss < self.settings.plateau:
             samples = self.step * self.settings.batch
             self.left_plateau = {"step": self.step, "seconds": round(self.seconds, 1), "samples": samples}
+        if self.left_plateau is not None:
+            easing = self._eased_in() < 1
+            if self.rewind.look(self.step, loss, self.settings.plateau if easing else None, self._tensors()):
+                jump = self.rewind.jumps[-1]
+                bar.write(
+                    f"step {self.step}: the loss jumped to {loss:.3f}; back to step {jump['to_step']}, "
+                    f"with {self.rewind.lr_factor:g} times the learning rate"
+                )
         rate = self.step * self.settings.batch / self.seconds if self.seconds > 0 else 0.0
         bar.set_postfix_str(f"loss {loss:.5f}, {rate:,.0f} samples/s, {self.seconds:.0f} s", refresh=False)
+
+    def _tensors(self) -> list[torch.Tensor]:
+        """Whatever an update changes: weights, their average, and the optimizer's moments."""
+        models = [self.model] if self.averaged is None else [self.model, self.averaged]
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [*(parameter for model in models for parameter in model.parameters()), *moments]
 
     def _validate(self, bar: tqdm[Any]) -> None:
         self.model.eval()
@@ -334,6 +352,7 @@ class Trainer:
             "data": self.data.get_state(),
             "shapes": self.shapes.get_state(),
             "replay": self.replay.state(),
+            "rewind": self.rewind.state(),
             **{name: getattr(self, name) for name in _COUNTERS},
             **self._identity(),
         }
@@ -355,6 +374,7 @@ class Trainer:
         self.data.set_state(state["data"])
         self.shapes.set_state(state["shapes"])
         self.replay.restore(state["replay"], self.device)
+        self.rewind.restore(state["rewind"], self.device)
         for name in _COUNTERS:
             setattr(self, name, state[name])
         self.loss_sum, self.noise_times = self.loss_sum.to(self.device), self.noise_times.to(self.device)
@@ -413,6 +433,22 @@ def _start_from(model: PreTrainedModel, task: Task, settings: RunSettings) -> di
         "settings": run["settings"],
         "started_from": run.get("started_from"),
     }
+
+
+def _with_rates(groups: list[dict[str, Any]], model: PreTrainedModel, of_scores: float) -> list[dict[str, Any]]:
+    """An optimizer's groups, each with the factor on its learning rate ("rate"): another one for queries and keys."""
+    projections = {
+        id(projection.weight)
+        for layer in model.model.layers
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+    }
+    split = []
+    for group in groups:
+        for rate, chosen in ((1.0, False), (of_scores, True)):
+            members = [p for p in group["params"] if (of_scores != 1 and id(p) in projections) == chosen]
+            if members:
+                split.append({**group, "params": members, "rate": rate})
+    return split
 
 
 def _runs_before(earlier: dict[str, Any] | None) -> int:

@@ -25,6 +25,7 @@ from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
 from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
+from recipes.synthetic.rewind import Rewind
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.stick_breaking import stick_breaking_attention
 from recipes.synthetic.tasks import TASKS, Batch, Mqmtar, Task
@@ -432,6 +433,47 @@ def test_hard_samples_come_again_until_they_are_no_longer_hard() -> None:
             HardReplay(share, batch_size)
 
 
+def test_a_run_goes_back_to_before_its_loss_jumped() -> None:
+    weight = torch.zeros(2)
+    rewind = Rewind(4.0, 0.5)
+
+    def look(step: int, loss: float, usual: float | None = None) -> bool:
+        weight.fill_(step)
+        return rewind.look(step, loss, usual, [weight])
+
+    assert not look(1, 9.0)  # nothing to measure by yet, and nothing to go back to
+    assert not any(look(step, 0.3, usual=0.3) for step in (2, 3, 4)) and not look(5, 0.004)
+    rewind = Rewind(4.0, 0.5)
+    assert not any(look(step, loss) for step, loss in enumerate([0.004, 0.07, 0.03, 0.03, 0.03]))
+    assert look(5, 0.2) and weight.tolist() == [2.0, 2.0] and rewind.lr_factor == 0.5
+    assert not look(6, 0.03) and look(7, float("nan")) and weight.tolist() == [2.0, 2.0]
+    assert look(8, 1.3, usual=0.3) and not look(9, 1.1, usual=0.3)
+    assert rewind.lr_factor == 0.125 and [jump["to_step"] for jump in rewind.jumps] == [2, 2, 2]
+    again = Rewind(4.0, 0.5)
+    again.restore(rewind.state(), CPU)
+    assert again.look(10, 0.2, None, [weight.fill_(10)]) and weight.tolist() == [2.0, 2.0]
+    assert not Rewind(0.0, 0.5).look(1, float("inf"), None, [weight])
+    with pytest.raises(ValueError, match=r"rewind must be 0 \(never\) or above 1, got 0.5"):
+        Rewind(0.5, 0.5)
+    with pytest.raises(ValueError, match="rewind-lr must lie above 0 and be at most 1, got 0.0"):
+        Rewind(2.0, 0.0)
+
+
+def test_a_run_that_went_back_resumes_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    task = replace(SMALL, lr=1.0)  # far too large: the loss jumps
+    settings = RunSettings(
+        steps=6, batch=4, log_every=1, plateau=1e9, warmup=1, average=0.5, replay=0.25, rewind=1.01
+    )  # fmt: skip
+    straight = trained(tmp_path / "a", task, settings)
+    assert "the loss jumped to" in capsys.readouterr().out
+    resumed = trained(tmp_path / "b", task, settings, stops=True)
+    jumps = straight.summary()["jumps"]
+    assert jumps and jumps == resumed.rewind.jumps
+    assert straight.optimizer.param_groups[0]["lr"] <= 0.5 * task.lr
+    for one, other in zip(straight._tensors(), resumed._tensors(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_learning_rate() -> None:
     linear = RunSettings(warmup=10, decay=0.5)
     assert learning_rate(1.0, 4, 0.0, linear) == 0.5 and learning_rate(1.0, 99, 0.5, linear) == 1.0
@@ -440,6 +482,21 @@ def test_learning_rate() -> None:
     assert learning_rate(2.0, 0, 0.5, cosine) == pytest.approx(1.0)
     with pytest.raises(ValueError, match="needs an end"):
         RunSettings(steps=0)
+
+
+def test_queries_and_keys_learn_at_a_rate_of_their_own(tmp_path: Path) -> None:
+    settings = RunSettings(steps=1, batch=4, warmup=1, decay=0.5, qk_lr=0.25)
+    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer._update()
+    moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in trainer.model.named_parameters()}
+    for name, distance in moved.items():  # Adam's first step is the learning rate, wherever there is a gradient
+        if "self_attn" in name and "length_scaling" not in name:
+            slow = "q_proj" in name or "k_proj" in name
+            assert distance == pytest.approx(SMALL.lr * (0.25 if slow else 1.0), rel=0.01), name
+    assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(before)
+    with pytest.raises(ValueError, match="qk-lr must be above 0, got 0.0"):
+        RunSettings(qk_lr=0.0)
 
 
 def test_alpha_climbs_in_stairs() -> None:
