@@ -88,9 +88,17 @@ def card(group: Group) -> str:
         versions=run["header"]["versions"],
         commit=run["header"]["commit"],
         commands="\n".join(_commands(run)),
-        limits=f"{'Several seeds' if many else 'One seed'}. {_LIMITS[group.track]}",
+        limits=f"{_each_seed(group) if many else 'One seed.'} {_LIMITS[group.track]}",
     )
     return str(made).rstrip() + "\n"
+
+
+def _each_seed(group: Group) -> str:
+    """What the seeds have at the longest length that all were tested at."""
+    last = max(m for m in group.multiples() if len(group.entries(m)) == len(group.results))
+    seeds = ", ".join(str(result["run"]["seed"]) for result in group.results)
+    shares = ", ".join(f"{100 * entry['exact_match']:.1f}" for entry in group.entries(last))
+    return f"Numbers are over all seeds; seeds {seeds} alone have {shares}% at {last}x."
 
 
 _LIMITS = {
