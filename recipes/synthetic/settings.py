@@ -33,6 +33,7 @@ class RunSettings:
     schedule: str = flag("linear", "linear (constant, then linear to 0) or cosine")
     decay: float = flag(0.5, "part of the run over which a linear schedule falls to 0")
     weight_decay: float = flag(0.0, "on matrices; length scalings, biases and norms have none")
+    beta2: float = flag(0.99, "AdamW's: how much of its second moment an update keeps")
     clip: float = flag(1.0, "largest norm of the gradient")
     corrupt: float = flag(
         0.0, "probability with which an answer token, as an input in training, becomes a random letter"
@@ -125,6 +126,8 @@ class RunSettings:
             raise ValueError("ease-corrupt takes as many updates as ease-in: give --ease-in")
         if not 0 <= self.hard_weight <= 1:
             raise ValueError(f"hard-weight must be from 0 to 1, got {self.hard_weight}")
+        if not 0 <= self.beta2 < 1:
+            raise ValueError(f"beta2 must be at least 0 and below 1, got {self.beta2}")
         if not self.qk_lr > 0:
             raise ValueError(f"qk-lr must be above 0, got {self.qk_lr}")
         if not 0 <= self.average < 1:

@@ -80,7 +80,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             _with_rates(hf_asentmax.parameter_groups(self.model, settings.weight_decay), self.model, settings.qk_lr),
             lr=task.lr,
-            betas=(0.9, 0.99),
+            betas=(0.9, settings.beta2),
             fused=device.type == "cuda",
         )
         # One source for the data and what is done to it, on the device; one for shapes, on the host.

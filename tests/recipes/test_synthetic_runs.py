@@ -485,7 +485,7 @@ def test_learning_rate() -> None:
 
 
 def test_queries_and_keys_learn_at_a_rate_of_their_own(tmp_path: Path) -> None:
-    settings = RunSettings(steps=1, batch=4, warmup=1, decay=0.5, qk_lr=0.25)
+    settings = RunSettings(steps=1, batch=4, warmup=1, decay=0.5, qk_lr=0.25, beta2=0.95)
     trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer._update()
@@ -495,6 +495,9 @@ def test_queries_and_keys_learn_at_a_rate_of_their_own(tmp_path: Path) -> None:
             slow = "q_proj" in name or "k_proj" in name
             assert distance == pytest.approx(SMALL.lr * (0.25 if slow else 1.0), rel=0.01), name
     assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(before)
+    assert all(group["betas"] == (0.9, 0.95) for group in trainer.optimizer.param_groups)
+    with pytest.raises(ValueError, match="beta2 must be at least 0 and below 1, got 1.0"):
+        RunSettings(beta2=1.0)
     with pytest.raises(ValueError, match="qk-lr must be above 0, got 0.0"):
         RunSettings(qk_lr=0.0)
 
