@@ -236,20 +236,18 @@ def generate(content: dict[str, Any]) -> str:
 
 def _other_seeds(groups: list[Group], shown: Group, multiple: int) -> str:
     """The most that a seed has under other settings than those of the group shown, where that is more."""
-    most: dict[int, float] = {}
-    for group in groups:
-        for result in group.results:
+
+    def most(members: list[Group]) -> dict[int, float]:
+        found: dict[int, float] = {}
+        for result in (result for group in members for result in group.results):
             for entry in result["lengths"]:
                 if entry["multiple"] == multiple:
-                    seed, value = result["run"]["seed"], 100 * entry["exact_match"]
-                    most[seed] = max(most.get(seed, -1.0), value)
-    own = {
-        result["run"]["seed"]: 100 * entry["exact_match"]
-        for result in shown.results
-        for entry in result["lengths"]
-        if entry["multiple"] == multiple
-    }
-    more = {seed: value for seed, value in sorted(most.items()) if value > own.get(seed, -1.0)}
+                    seed = result["run"]["seed"]
+                    found[seed] = max(found.get(seed, 0.0), 100 * entry["exact_match"])
+        return found
+
+    own = most([shown])
+    more = {seed: value for seed, value in sorted(most(groups).items()) if seed not in own or value > own[seed]}
     return "".join(f"; seed {seed} under other settings {value:.1f} at most" for seed, value in more.items())
 
 
@@ -261,8 +259,12 @@ def _rows(group: Group, multiples: Sequence[int]) -> list[list[str]]:
     name = f"ours: {_NAMES.get(group.method, group.method)} + NAPE, trained on {TRACKS[group.track]}"
 
     def row(name: str, members: Group) -> list[str]:
-        pooled = (members.pooled(multiple) for multiple in multiples)
-        return [name, *(f"{found[0]:.1f}" if found else "" for found in pooled)]
+        return [name, *(cell(members, multiple) for multiple in multiples)]
+
+    def cell(members: Group, multiple: int) -> str:
+        found, tested = members.pooled(multiple), len(members.entries(multiple))
+        fewer = f" ({tested} seed{'s' if tested > 1 else ''})" if tested < len(members.results) else ""
+        return f"{found[0]:.1f}{fewer}" if found else ""
 
     if len(group.results) == 1:
         return [row(name, group)]
@@ -300,7 +302,7 @@ def synthetic(*contents: dict[str, Any]) -> str:
         notes.append(
             f"trained on {TRACKS[track]}: {len(runs)} seed{'s' if many else ''} ({each} at {last}x; 95% interval "
             f"of the best one's {best_seed.entries(last)[0]['samples']} samples {low:.1f} to {high:.1f}), "
-            f"{'each ' if many else ''}{fmean(in_all(run, 'samples') for run in runs) / 1e6:.1f}M samples in "
+            f"{'on average ' if many else ''}{fmean(in_all(run, 'samples') for run in runs) / 1e6:.1f}M samples in "
             f"{fmean(in_all(run, 'seconds') for run in runs) / 60:.1f} minutes of one GPU"
             f"{_other_seeds(members, group, last)}"
         )
@@ -322,7 +324,7 @@ def synthetic(*contents: dict[str, Any]) -> str:
             "Our own training data have near misses among keys and values, so their rows are no "
             "comparison with the published ones (the paper's, best of 3 seeds, and an independent group's, both on the "
             "paper's data). The other attentions had the same two runs as ASEntmax, one seed and its learning rates; "
-            "their own were not looked for yet. Adaptive temperature, which works outside of training only, has "
+            "their own were not looked for there yet. Adaptive temperature, which works outside of training only, has "
             "softmax's weights, and was tested on 748 samples at 64x and 49 at 256x. Tables, figures and what else was "
             "tried: [recipes/synthetic](recipes/synthetic/README.md); model cards: [own](model_cards/mqmtar-own.md), "
             "[paper](model_cards/mqmtar-paper.md).",

@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -41,7 +42,8 @@ def _commands(run: dict[str, Any]) -> list[str]:
 
 def card(group: Group) -> str:
     """The card of a group's seeds: YAML metadata and markdown."""
-    run = group.results[0]["run"]
+    runs = [result["run"] for result in group.results]
+    run = runs[0]
     trained = run["task_settings"]["max_length"]
     name = f"{group.task}-{group.method}-{group.positions}"
     rows, results = [], []
@@ -69,8 +71,8 @@ def card(group: Group) -> str:
         tags=["asentmax", "entmax", "sparse-attention", "long-context", "length-generalization"],
         eval_results=results,
     )
-    many = len(group.results) > 1
-    seeds = f"seed{'s' if many else ''} {', '.join(str(result['run']['seed']) for result in group.results)}"
+    many = len(runs) > 1
+    seeds = f"seed{'s' if many else ''} {', '.join(str(one['seed']) for one in runs)}"
     made = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -82,11 +84,13 @@ def card(group: Group) -> str:
         seeds=seeds,
         rows="\n".join(rows),
         track=TRACKS[group.track],
-        samples=f"{in_all(run, 'samples') / 1e6:.1f}",
-        minutes=f"{in_all(run, 'seconds') / 60:.1f}",
+        on_average=" on average" if many else "",
+        samples=f"{fmean(in_all(one, 'samples') for one in runs) / 1e6:.1f}",
+        minutes=f"{fmean(in_all(one, 'seconds') for one in runs) / 60:.1f}",
         device=run["header"]["device"]["name"],
         versions=run["header"]["versions"],
-        commit=run["header"]["commit"],
+        commits=", ".join(dict.fromkeys(one["header"]["commit"] for one in runs)),
+        seed=run["seed"],
         commands="\n".join(_commands(run)),
         limits=f"{_each_seed(group) if many else 'One seed.'} {_LIMITS[group.track]}",
     )
@@ -98,7 +102,7 @@ def _each_seed(group: Group) -> str:
     last = max(m for m in group.multiples() if len(group.entries(m)) == len(group.results))
     seeds = ", ".join(str(result["run"]["seed"]) for result in group.results)
     shares = ", ".join(f"{100 * entry['exact_match']:.1f}" for entry in group.entries(last))
-    return f"Numbers are over all seeds; seeds {seeds} alone have {shares}% at {last}x."
+    return f"Numbers are over all seeds that were tested at a length; seeds {seeds} alone have {shares}% at {last}x."
 
 
 _LIMITS = {

@@ -126,6 +126,8 @@ class RunSettings:
             raise ValueError("ease-corrupt takes as many updates as ease-in: give --ease-in")
         if not 0 <= self.hard_weight <= 1:
             raise ValueError(f"hard-weight must be from 0 to 1, got {self.hard_weight}")
+        if self.rewind == 0 and self.rewind_lr != type(self).rewind_lr:
+            raise ValueError(f"rewind-lr {self.rewind_lr} is for runs that may go back: give --rewind, 4 say")
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"beta2 must be at least 0 and below 1, got {self.beta2}")
         if not self.qk_lr > 0:

@@ -220,9 +220,9 @@ class Trainer:
         self.heads.draw(len(batch), self.data, self._eased_in())
         losses = self._losses(batch)
         loss = (losses * weights).sum()
+        rate = self.rewind.lr_factor * learning_rate(self.task.lr, self.step, progress, settings)
         for group in self.optimizer.param_groups:
-            rate = learning_rate(self.task.lr, self.step, progress, settings)
-            group["lr"] = self.rewind.lr_factor * group["rate"] * rate
+            group["lr"] = group["rate"] * rate
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
@@ -437,15 +437,12 @@ def _start_from(model: PreTrainedModel, task: Task, settings: RunSettings) -> di
 
 def _with_rates(groups: list[dict[str, Any]], model: PreTrainedModel, of_scores: float) -> list[dict[str, Any]]:
     """An optimizer's groups, each with the factor on its learning rate ("rate"): another one for queries and keys."""
-    projections = {
-        id(projection.weight)
-        for layer in model.model.layers
-        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj)
-    }
+    attentions = [layer.self_attn for layer in model.model.layers] if of_scores != 1 else []
+    projections = {id(p.weight) for attention in attentions for p in (attention.q_proj, attention.k_proj)}
     split = []
     for group in groups:
         for rate, chosen in ((1.0, False), (of_scores, True)):
-            members = [p for p in group["params"] if (of_scores != 1 and id(p) in projections) == chosen]
+            members = [p for p in group["params"] if (id(p) in projections) == chosen]
             if members:
                 split.append({**group, "params": members, "rate": rate})
     return split

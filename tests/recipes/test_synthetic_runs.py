@@ -457,6 +457,8 @@ def test_a_run_goes_back_to_before_its_loss_jumped() -> None:
         Rewind(0.5, 0.5)
     with pytest.raises(ValueError, match="rewind-lr must lie above 0 and be at most 1, got 0.0"):
         Rewind(2.0, 0.0)
+    with pytest.raises(ValueError, match="rewind-lr 0.7 is for runs that may go back"):
+        RunSettings(rewind_lr=0.7)
 
 
 def test_a_run_that_went_back_resumes_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
