@@ -29,7 +29,9 @@ class RunSettings:
     minutes: float = flag(0.0, "training time of each seed, 0 for no limit; compilation and validation don't count")
     batch: int = flag(1024, "samples in an update")
     warmup: int = flag(500, "updates over which the learning rate rises")
-    qk_lr: float = flag(1.0, "factor on the learning rate of query and key projections, whose scores are multiplied")
+    qk_lr: float = flag(
+        1.0, "factor on the learning rate of query and key projections once the plateau is left, as scores grow sharp"
+    )
     schedule: str = flag("linear", "linear (constant, then linear to 0) or cosine")
     decay: float = flag(0.5, "part of the run over which a linear schedule falls to 0")
     weight_decay: float = flag(0.0, "on matrices; length scalings, biases and norms have none")

@@ -222,7 +222,7 @@ class Trainer:
         loss = (losses * weights).sum()
         rate = self.rewind.lr_factor * learning_rate(self.task.lr, self.step, progress, settings)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * rate
+            group["lr"] = rate if self.left_plateau is None else group["rate"] * rate
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()

@@ -489,6 +489,10 @@ def test_learning_rate() -> None:
 def test_queries_and_keys_learn_at_a_rate_of_their_own(tmp_path: Path) -> None:
     settings = RunSettings(steps=1, batch=4, warmup=1, decay=0.5, qk_lr=0.25, beta2=0.95)
     trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
+    trainer._update()
+    assert {group["lr"] for group in trainer.optimizer.param_groups} == {SMALL.lr}  # on the plateau: one for all
+    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
+    trainer.left_plateau = {"step": 0}
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     trainer._update()
     moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in trainer.model.named_parameters()}
