@@ -15,6 +15,7 @@ from ..eager import eager_attention
 from ..mappings import adaptive_temperature_softmax, entmax, top_k_softmax
 from ..masks import mask_with_key_start, query_positions, visible_count
 from ..positions import alibi_slopes
+from ..scaled_query import scaled_query
 from .install import AttentionSettings, scaling_of
 from .key_norms import key_norm_bound
 from .masks import key_start_of
@@ -120,7 +121,7 @@ def asentmax_attention_forward(
             count = (count - key_start[:, None]).clamp_min(0)
         if count.shape[1] > 1:  # a mask per head
             count = count[:, settings.num_unscaled_heads :]
-        query = _scaled_query(query, length_scaling(hidden_states, count), settings.num_unscaled_heads)
+        query = scaled_query(query, length_scaling(hidden_states, count), settings.num_unscaled_heads)
     slopes = None
     if settings.num_alibi_heads > 0:
         slopes = alibi_slopes(
@@ -240,14 +241,6 @@ def _visible_count(
         if remembers:
             setattr(attention_mask, _COUNT, count)
     return count
-
-
-def _scaled_query(query: torch.Tensor, factor: torch.Tensor, num_unscaled_heads: int) -> torch.Tensor:
-    """The factor (batch or 1, heads - num_unscaled_heads, q_len) on all heads after the first num_unscaled_heads."""
-    if num_unscaled_heads > 0:
-        ones = factor.new_ones((factor.shape[0], num_unscaled_heads, factor.shape[2]))
-        factor = torch.cat([ones, factor], dim=1)
-    return (query * factor[..., None]).to(query.dtype)
 
 
 def _mapping(settings: AttentionSettings, training: bool) -> Callable[[torch.Tensor], torch.Tensor] | None:

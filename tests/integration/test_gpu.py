@@ -118,3 +118,29 @@ def test_training_in_bf16_lowers_the_loss(compiled: bool) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("scaling", ["asentmax", "ssmax", "learned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [91, 333])
+def test_gradients_of_compiled_training(scaling: str, dtype: torch.dtype, length: int) -> None:
+    """torch.compile pads the strides of what has 1,024 elements a sample and more; see kernels/row_products.py."""
+    flags = {"positions": "nape", "scaling": scaling}
+    sizes = {"hidden_size": 512, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 32}
+    model = tiny_model("llama", "asentmax", flags, max_position_embeddings=512, **sizes).cuda().train()
+    perturb_scalings(model)
+    ids = random_ids(16, length).cuda()
+    attention_mask = torch.ones_like(ids, dtype=torch.bool)
+
+    def gradients(run: Any) -> list[torch.Tensor]:
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+            logits = run(ids, attention_mask=attention_mask, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        return list(torch.autograd.grad(loss, list(model.parameters())))
+
+    plain = gradients(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, dynamic=False)
+    for actual in (gradients(compiled), gradients(compiled)):
+        for (name, _), one, other in zip(model.named_parameters(), actual, plain, strict=True):
+            assert_close(name, one, other, 1e-3 if dtype == torch.float32 else 0.1)

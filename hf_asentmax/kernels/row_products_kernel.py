@@ -1,0 +1,45 @@
+"""The kernel of row_products. Importing this needs Triton."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .device import load_rows
+from .launching import Launcher
+from .problem import padded, rows_of
+
+__all__ = ["launch"]
+
+_ROWS = 64
+
+
+@triton.jit
+def row_products_kernel(
+    a, b, products, heads, length, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr
+):  # fmt: skip
+    """products (batch * heads, length) float32: of ROWS rows of one head of `a` with those of `b` (both Rows)."""
+    blocks = tl.cdiv(length, ROWS)
+    pid = tl.program_id(0)
+    group = pid // blocks
+    first = pid % blocks * ROWS
+    batch = group // heads
+    head = group % heads
+    left = load_rows(a, batch, head, first, ROWS, length, True, D, HEAD_DIM).to(tl.float32)
+    right = load_rows(b, batch, head, first, ROWS, length, True, D, HEAD_DIM).to(tl.float32)
+    row = first + tl.arange(0, ROWS)
+    tl.store(products + group.to(tl.int64) * length + row, tl.sum(left * right, 1), mask=row < length)
+
+
+def launch(launcher: Launcher, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, length) float32, of two tensors with unit stride in their last dimension."""
+    batch, heads, length, head_dim = a.shape
+    products = launcher.empty((batch, heads, length), torch.float32)
+    programs = batch * heads * triton.cdiv(length, _ROWS)
+    if programs:
+        launcher(
+            row_products_kernel, programs, rows_of(a), rows_of(b), products, heads, length,
+            ROWS=_ROWS, D=padded(head_dim), HEAD_DIM=head_dim, num_warps=4,
+        )  # fmt: skip
+    return products
