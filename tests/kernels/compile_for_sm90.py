@@ -12,7 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from hf_asentmax.kernels import decode_launch, entmax_attention_triton
+from hf_asentmax.kernels import decode_launch, entmax_attention_triton, row_products_kernel
+from hf_asentmax.kernels.launching import Launcher
 
 SHARED_MEMORY = 227 * 1024  # of one program on sm_90, in bytes
 
@@ -71,6 +72,9 @@ def main() -> None:
             sizes.append(dict(lines_of_code))
         for masked, most in zip(sizes[1:], (1.5, 2.3), strict=True):
             assert all(masked[name] < most * size for name, size in sizes[0].items()), (length, sizes)
+
+    rows = torch.randn(2, 91, 4, 32, dtype=torch.bfloat16).transpose(1, 2)
+    row_products_kernel.launch(Launcher(rows.device), rows, rows)
 
     decode_launch._overlaps = lambda device: True  # as on the GPU that this compiles for
     for head_dim, heads, kv_heads, kv_len, alibi, mask in (

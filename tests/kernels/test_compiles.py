@@ -23,6 +23,7 @@ KERNELS = (
     "pilot_kernel",
     "query_gradient_kernel",
     "row_bounds_kernel",
+    "row_products_kernel",
     "short_backward_kernel",
     "short_forward_kernel",
 )
