@@ -1,4 +1,4 @@
-"""A model card for the best model of each table, from the results files.
+"""A model card for the best model of each table, ASEntmax's where there is one, from the results files.
 
     python recipes/synthetic/model_card.py            # writes model_cards/TASK-TRACK.md
 
@@ -23,7 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.synthetic.evaluate import RESULTS
-from recipes.synthetic.report import TRACKS, Group, best, grouped, in_all, tables
+from recipes.synthetic.report import CAVEATS, TRACKS, Group, best, grouped, in_all, tables
 from recipes.synthetic.tasks import TASKS, MaxRetrieval
 
 __all__ = ["card", "main"]
@@ -92,7 +92,7 @@ def card(group: Group) -> str:
         commits=", ".join(dict.fromkeys(one["header"]["commit"] for one in runs)),
         seed=run["seed"],
         commands="\n".join(_commands(run)),
-        limits=f"{_each_seed(group) if many else 'One seed.'} {_LIMITS[group.track]}",
+        limits=f"{_each_seed(group) if many else 'One seed.'} {_LIMITS[group.track]}{_caveat(group)}",
     )
     return str(made).rstrip() + "\n"
 
@@ -103,6 +103,13 @@ def _each_seed(group: Group) -> str:
     seeds = ", ".join(str(result["run"]["seed"]) for result in group.results)
     shares = ", ".join(f"{100 * entry['exact_match']:.1f}" for entry in group.entries(last))
     return f"Numbers are over all seeds that were tested at a length; seeds {seeds} alone have {shares}% at {last}x."
+
+
+def _caveat(group: Group) -> str:
+    if not group.caveat:
+        return ""
+    text = CAVEATS[group.caveat].replace("(README.md", "(../recipes/synthetic/README.md")
+    return f" {text[0].upper()}{text[1:]}."
 
 
 _LIMITS = {
@@ -123,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"no results files in {parsed.results}; evaluate.py writes them")
     parsed.out.mkdir(parents=True, exist_ok=True)
     for (task, track), members in tables(grouped(results)):
-        group = best(members)
+        group = best([member for member in members if member.method == "asentmax"] or members)
         if issubclass(TASKS[task], MaxRetrieval):
             print(f"no card for {task}-{track}: AutoModel does not load its model, which is this recipe's own")
             continue

@@ -27,7 +27,7 @@ from recipes.synthetic.measuring import wilson_interval
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import TASKS
 
-__all__ = ["TRACKS", "Group", "best", "grouped", "in_all", "main", "markdown", "names", "tables"]
+__all__ = ["CAVEATS", "TRACKS", "Group", "best", "grouped", "in_all", "main", "markdown", "names", "tables"]
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
 # Settings that say nothing about how a model came to be, or have a column of their own.
@@ -37,6 +37,11 @@ _UNNAMED |= {"validations", "validate_multiple", "validate_samples", "start_from
 _COLORED = ("asentmax", "softmax", "entmax", "ssmax", "adaptive_temperature", "topk", "stick_breaking")
 _COLORS = dict(zip(_COLORED, (OURS[0], *(color for color, _ in OTHERS[1:5]), "#e69f00", "#8c510a"), strict=True))
 TRACKS = {"paper": "the paper's distribution", "own": "a distribution of our own"}
+# What is wrong with a run that stays in the tables as it was measured: "caveat" in its results file.
+CAVEATS = {
+    "wrong gradients": "trained with gradients that torch.compile got wrong (before commit 838291d; "
+    "[what is known of it](README.md#jumps)): what was tested is right, what the settings do is not known from it"
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,11 @@ class Group:
     positions: str
     changed: str
     results: tuple[dict[str, Any], ...]
+
+    @property
+    def caveat(self) -> str:
+        """A key of CAVEATS, or none."""
+        return self.results[0]["run"].get("caveat", "")
 
     def entries(self, multiple: int) -> list[dict[str, Any]]:
         """What each seed has at a length."""
@@ -94,8 +104,8 @@ def grouped(results: list[dict[str, Any]]) -> list[Group]:
     for result in results:
         run = result["run"]
         budget = f"{run['settings']['steps']} {run['settings']['minutes']}"
-        settings = (run["settings"]["method"], run["settings"]["positions"], _changed(run), budget)
-        groups[(run["task"], run["track"], *settings)].append(result)
+        settings = (run["settings"]["method"], run["settings"]["positions"], _changed(run))
+        groups[(run["task"], run["track"], *settings, f"{budget} {run.get('caveat', '')}")].append(result)
     made = []
     for (task, track, method, positions, changed, _), members in groups.items():
         seeds = sorted(members, key=lambda result: result["run"]["seed"])
@@ -109,13 +119,13 @@ def grouped(results: list[dict[str, Any]]) -> list[Group]:
 def best(groups: list[Group]) -> Group:
     """The group of most seeds, and of those the one that holds furthest, with most of the samples right there.
 
-    Seeds come first: the best of many settings with one seed each is mostly luck.
+    Seeds come first: the best of many settings with one seed each is mostly luck. Before them comes having no caveat.
     """
 
-    def rank(group: Group) -> tuple[int, tuple[int, float]]:
+    def rank(group: Group) -> tuple[bool, int, tuple[int, float]]:
         pooled = {multiple: group.pooled(multiple) for multiple in group.multiples()}
         held = [(multiple, found[0]) for multiple, found in pooled.items() if found is not None and found[0] >= 50]
-        return len(group.results), max(held, default=(0, 0.0))
+        return not group.caveat, len(group.results), max(held, default=(0, 0.0))
 
     return max(groups, key=rank)
 
@@ -129,10 +139,13 @@ def tables(groups: list[Group]) -> list[tuple[tuple[str, str], list[Group]]]:
 
 
 def names(members: list[Group]) -> list[str]:
-    """What the groups of a table are called: method and positions, and a letter where settings are to be listed."""
+    """What a table's groups are called: method, positions, a letter where settings are listed, a dagger for caveats."""
     letters = (first + last for first in ("", *ascii_lowercase) for last in ascii_lowercase)
     changed = (f" ({next(letters)})" if group.changed else "" for group in members)
-    return [f"{group.method} + {group.positions}{letter}" for group, letter in zip(members, changed, strict=True)]
+    return [
+        f"{group.method} + {group.positions}{letter}{'†' * bool(group.caveat)}"
+        for group, letter in zip(members, changed, strict=True)
+    ]
 
 
 def markdown(groups: list[Group]) -> str:
@@ -144,6 +157,7 @@ def markdown(groups: list[Group]) -> str:
         if task == "mqmtar":
             parts.append("The query-error law: e = wrong queries / queries / pairs, over all seeds, x 1e-6.\n")
             parts.append(_law_table(members))
+        parts.extend(f"† {CAVEATS[caveat]}.\n" for caveat in dict.fromkeys(g.caveat for g in members if g.caveat))
         settings = [f"- {name}: {g.changed}" for name, g in zip(names(members), members, strict=True) if g.changed]
         if settings:
             parts.append("Settings that are not the defaults:\n\n" + "\n".join(settings) + "\n")

@@ -89,12 +89,6 @@ class RunSettings:
     validate_multiple: int = flag(64, "length of the validation samples, in multiples of the longest in training")
     validate_samples: int = flag(512, "how many, apart from the test samples")
     plateau: float = flag(0.3, "a mean loss below this counts as having left the plateau")
-    rewind: float = flag(
-        0.0,
-        "once the plateau is left, a mean loss of more than so many times its median takes the run back to before it; "
-        "0: never",
-    )
-    rewind_lr: float = flag(0.5, "factor on the learning rate each time that happens")
     give_up: int = flag(0, "end a run that has not left the plateau after so many samples; 0: never")
     log_every: int = flag(100, "updates between two lines of the log")
     save_every: float = flag(60.0, "seconds between two checkpoints")
@@ -128,8 +122,6 @@ class RunSettings:
             raise ValueError("ease-corrupt takes as many updates as ease-in: give --ease-in")
         if not 0 <= self.hard_weight <= 1:
             raise ValueError(f"hard-weight must be from 0 to 1, got {self.hard_weight}")
-        if self.rewind == 0 and self.rewind_lr != type(self).rewind_lr:
-            raise ValueError(f"rewind-lr {self.rewind_lr} is for runs that may go back: give --rewind, 4 say")
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"beta2 must be at least 0 and below 1, got {self.beta2}")
         if not self.qk_lr > 0:

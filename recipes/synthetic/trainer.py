@@ -21,7 +21,6 @@ from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
 from recipes.synthetic.models import build_model, load_model, outputs_at
 from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
-from recipes.synthetic.rewind import Rewind
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import IGNORED, Batch, Task
 
@@ -75,7 +74,6 @@ class Trainer:
         )
         self.heads = HeadDrop(self.model, settings.head_drop, alibi_heads)
         self.replay = HardReplay(settings.replay, settings.batch)
-        self.rewind = Rewind(settings.rewind, settings.rewind_lr)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(
             _with_rates(hf_asentmax.parameter_groups(self.model, settings.weight_decay), self.model, settings.qk_lr),
@@ -88,7 +86,7 @@ class Trainer:
         self.data = torch.Generator(device).manual_seed(source)
         self.shapes = torch.Generator().manual_seed(source)
         self.step, self.seconds, self.tokens = 0, 0.0, 0
-        self.loss_sum = torch.zeros((), device=device)
+        self.loss_sum, self.norm_sum = (torch.zeros((), device=device) for _ in range(2))  # since the log's last line
         self.noise_times = torch.ones((), device=device)  # of --key-noise, where --key-noise-loss steers it
         self.log: list[dict[str, Any]] = []
         self.validations: list[dict[str, Any]] = []
@@ -185,7 +183,6 @@ class Trainer:
             "tokens_per_second": round(self.tokens / self.seconds, 1) if self.seconds > 0 else 0.0,
             "started_from": self.earlier,
             "left_plateau": self.left_plateau,
-            "jumps": self.rewind.jumps,
             "given_up": self.given_up,
             "kept_step": self.kept_step,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
@@ -220,11 +217,11 @@ class Trainer:
         self.heads.draw(len(batch), self.data, self._eased_in())
         losses = self._losses(batch)
         loss = (losses * weights).sum()
-        rate = self.rewind.lr_factor * learning_rate(self.task.lr, self.step, progress, settings)
+        rate = learning_rate(self.task.lr, self.step, progress, settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate if self.left_plateau is None else group["rate"] * rate
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        self.norm_sum += nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._move_average()
@@ -300,30 +297,19 @@ class Trainer:
         return nn.functional.cross_entropy(logits.float().transpose(1, 2), batch.labels, reduction="none")
 
     def _write_log(self, bar: tqdm[Any]) -> None:
-        loss = float(self.loss_sum) / self.settings.log_every
+        loss, norm = (float(total) / self.settings.log_every for total in (self.loss_sum, self.norm_sum))
         self.loss_sum.zero_()
-        self.log.append({"step": self.step, "seconds": round(self.seconds, 2), "loss": loss})
+        self.norm_sum.zero_()
+        self.log.append({"step": self.step, "seconds": round(self.seconds, 2), "loss": loss, "gradient_norm": norm})
         if self.settings.key_noise_loss > 0:
             self.log[-1]["key_noise"] = self.settings.key_noise * float(self.noise_times)
         if self.left_plateau is None and loss < self.settings.plateau:
             samples = self.step * self.settings.batch
             self.left_plateau = {"step": self.step, "seconds": round(self.seconds, 1), "samples": samples}
-        if self.left_plateau is not None:
-            easing = self._eased_in() < 1
-            if self.rewind.look(self.step, loss, self.settings.plateau if easing else None, self._tensors()):
-                jump = self.rewind.jumps[-1]
-                bar.write(
-                    f"step {self.step}: the loss jumped to {loss:.3f}; back to step {jump['to_step']}, "
-                    f"with {self.rewind.lr_factor:g} times the learning rate"
-                )
         rate = self.step * self.settings.batch / self.seconds if self.seconds > 0 else 0.0
-        bar.set_postfix_str(f"loss {loss:.5f}, {rate:,.0f} samples/s, {self.seconds:.0f} s", refresh=False)
-
-    def _tensors(self) -> list[torch.Tensor]:
-        """Whatever an update changes: weights, their average, and the optimizer's moments."""
-        models = [self.model] if self.averaged is None else [self.model, self.averaged]
-        moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        return [*(parameter for model in models for parameter in model.parameters()), *moments]
+        bar.set_postfix_str(
+            f"loss {loss:.5f}, gradient {norm:.3g}, {rate:,.0f} samples/s, {self.seconds:.0f} s", refresh=False
+        )
 
     def _validate(self, bar: tqdm[Any]) -> None:
         self.model.eval()
@@ -352,7 +338,6 @@ class Trainer:
             "data": self.data.get_state(),
             "shapes": self.shapes.get_state(),
             "replay": self.replay.state(),
-            "rewind": self.rewind.state(),
             **{name: getattr(self, name) for name in _COUNTERS},
             **self._identity(),
         }
@@ -374,10 +359,10 @@ class Trainer:
         self.data.set_state(state["data"])
         self.shapes.set_state(state["shapes"])
         self.replay.restore(state["replay"], self.device)
-        self.rewind.restore(state["rewind"], self.device)
         for name in _COUNTERS:
             setattr(self, name, state[name])
-        self.loss_sum, self.noise_times = self.loss_sum.to(self.device), self.noise_times.to(self.device)
+        for name in ("loss_sum", "norm_sum", "noise_times"):
+            setattr(self, name, getattr(self, name).to(self.device))
 
     def _identity(self) -> dict[str, Any]:
         """What must agree for a checkpoint to go on."""
@@ -387,7 +372,18 @@ class Trainer:
 
 _KIND = ("method", "positions", "qk_norm")  # what weights of equal shapes do not tell
 
-_COUNTERS = ("step", "seconds", "tokens", "loss_sum", "noise_times", "log", "validations", "left_plateau", "kept_step")
+_COUNTERS = (
+    "step",
+    "seconds",
+    "tokens",
+    "loss_sum",
+    "norm_sum",
+    "noise_times",
+    "log",
+    "validations",
+    "left_plateau",
+    "kept_step",
+)
 
 
 def _error(result: dict[str, Any]) -> float:

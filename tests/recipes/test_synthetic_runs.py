@@ -25,7 +25,6 @@ from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
 from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
-from recipes.synthetic.rewind import Rewind
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.stick_breaking import stick_breaking_attention
 from recipes.synthetic.tasks import TASKS, Batch, Mqmtar, Task
@@ -370,14 +369,21 @@ def test_hard_samples_weigh_more(candidates: int, tmp_path: Path, monkeypatch: p
     one[1, 2] = 1.0
     alone = trainer._losses(batch)[1, 2]
     expected = torch.autograd.grad(alone, list(trainer.model.parameters()))
-    gradients: list[torch.Tensor | None] = []
+    gradients: list[torch.Tensor] = []
     monkeypatch.setattr(trainer, "_next_batch", lambda progress: (batch, one))
-    monkeypatch.setattr(
-        nn.utils, "clip_grad_norm_", lambda parameters, clip: gradients.extend(each.grad for each in parameters)
-    )
+    clip = nn.utils.clip_grad_norm_
+
+    def seen(parameters: Any, limit: float) -> torch.Tensor:
+        members = list(parameters)
+        gradients.extend(each.grad.clone() for each in members)
+        return clip(members, limit)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", seen)
     trainer.run()
     torch.testing.assert_close(gradients, list(expected))
     assert trainer.log[0]["loss"] == pytest.approx(float(losses.sum()) / batch.labels.numel())
+    norm = torch.stack([each.norm() for each in expected]).norm()  # before it was clipped
+    assert trainer.log[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
     with pytest.raises(ValueError, match="hard-weight must be from 0 to 1, got 1.5"):
         RunSettings(hard_weight=1.5)
 
@@ -431,49 +437,6 @@ def test_hard_samples_come_again_until_they_are_no_longer_hard() -> None:
     for share, batch_size in ((0.1, 8), (0.75, 1024)):
         with pytest.raises(ValueError, match=rf"a replay of {share} of {batch_size} samples is .*expected 1 to 512"):
             HardReplay(share, batch_size)
-
-
-def test_a_run_goes_back_to_before_its_loss_jumped() -> None:
-    weight = torch.zeros(2)
-    rewind = Rewind(4.0, 0.5)
-
-    def look(step: int, loss: float, usual: float | None = None) -> bool:
-        weight.fill_(step)
-        return rewind.look(step, loss, usual, [weight])
-
-    assert not look(1, 9.0)  # nothing to measure by yet, and nothing to go back to
-    assert not any(look(step, 0.3, usual=0.3) for step in (2, 3, 4)) and not look(5, 0.004)
-    rewind = Rewind(4.0, 0.5)
-    assert not any(look(step, loss) for step, loss in enumerate([0.004, 0.07, 0.03, 0.03, 0.03]))
-    assert look(5, 0.2) and weight.tolist() == [2.0, 2.0] and rewind.lr_factor == 0.5
-    assert not look(6, 0.03) and look(7, float("nan")) and weight.tolist() == [2.0, 2.0]
-    assert look(8, 1.3, usual=0.3) and not look(9, 1.1, usual=0.3)
-    assert rewind.lr_factor == 0.125 and [jump["to_step"] for jump in rewind.jumps] == [2, 2, 2]
-    again = Rewind(4.0, 0.5)
-    again.restore(rewind.state(), CPU)
-    assert again.look(10, 0.2, None, [weight.fill_(10)]) and weight.tolist() == [2.0, 2.0]
-    assert not Rewind(0.0, 0.5).look(1, float("inf"), None, [weight])
-    with pytest.raises(ValueError, match=r"rewind must be 0 \(never\) or above 1, got 0.5"):
-        Rewind(0.5, 0.5)
-    with pytest.raises(ValueError, match="rewind-lr must lie above 0 and be at most 1, got 0.0"):
-        Rewind(2.0, 0.0)
-    with pytest.raises(ValueError, match="rewind-lr 0.7 is for runs that may go back"):
-        RunSettings(rewind_lr=0.7)
-
-
-def test_a_run_that_went_back_resumes_exactly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    task = replace(SMALL, lr=1.0)  # far too large: the loss jumps
-    settings = RunSettings(
-        steps=6, batch=4, log_every=1, plateau=1e9, warmup=1, average=0.5, replay=0.25, rewind=1.01
-    )  # fmt: skip
-    straight = trained(tmp_path / "a", task, settings)
-    assert "the loss jumped to" in capsys.readouterr().out
-    resumed = trained(tmp_path / "b", task, settings, stops=True)
-    jumps = straight.summary()["jumps"]
-    assert jumps and jumps == resumed.rewind.jumps
-    assert straight.optimizer.param_groups[0]["lr"] <= 0.5 * task.lr
-    for one, other in zip(straight._tensors(), resumed._tensors(), strict=True):
-        assert torch.equal(one, other)
 
 
 def test_learning_rate() -> None:
@@ -535,7 +498,8 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     )  # fmt: skip
     straight, resumed = trained(tmp_path / "a", task, settings), trained(tmp_path / "b", task, settings, stops=True)
     assert len(straight.log) == 3 and len(straight.validations) == 2
-    assert [entry["loss"] for entry in straight.log] == [entry["loss"] for entry in resumed.log]
+    for name in ("loss", "gradient_norm"):
+        assert [entry[name] for entry in straight.log] == [entry[name] for entry in resumed.log]
     assert straight.model.config.asentmax.alpha == 1.5
     assert straight.noise_times == resumed.noise_times > 1.01
     assert straight.tokens == resumed.tokens and straight.kept_step == resumed.kept_step
