@@ -1,8 +1,8 @@
 """The products of two tensors' rows, as one kernel and one operator: what a factor on each query's row gets back.
 
 torch.compile would write the sum itself, and its code for that is not to be trusted: where it pads the strides of the
-sum's result (heads x length above 1,024 that 32 does not divide), torch 2.11 writes one layout and reads another, beyond
-the tensor's end (https://github.com/pytorch/pytorch/issues/194281 is the same defect, mended in later releases).
+sum's result (heads x length above 1,024 that 32 does not divide), torch 2.11 writes one layout and reads another,
+beyond the tensor's end (https://github.com/pytorch/pytorch/issues/194281 is the same defect, mended in later releases).
 Gradients of length scalings, and of all layers below, were up to 10^6 times too large, and different each time. An
 operator's result has the strides that it says.
 """

@@ -253,6 +253,8 @@ def figure(groups: list[Group], file: Path) -> None:
             axes.plot(theirs, row.values(), linestyle=style, color=shade, linewidth=1.2, marker=".", label=label)
     if len(finest) < len(groups):
         axes.plot([], [], linewidth=0.8, color="#555555", alpha=0.5, label="thin: other settings")
+    if any(group.caveat for group in finest):
+        axes.plot([], [], linestyle="", label="†: see report.md")
     axes.set(title=f"{task}, trained on {TRACKS[groups[0].track]}", ylabel="exact match, %", ylim=(-3, 103))
     axes.tick_params(axis="x", labelsize=7)
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
