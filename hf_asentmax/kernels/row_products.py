@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from . import unsupported_device_reason
 from .launching import Launcher, run
 
 __all__ = ["row_products"]
@@ -29,7 +30,7 @@ def _plain(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _on_gpu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    if _wide(a, b) == torch.float64:
+    if _wide(a, b) == torch.float64 or unsupported_device_reason(a.device) is not None:
         return _plain(a, b)
     from .row_products_kernel import launch
 

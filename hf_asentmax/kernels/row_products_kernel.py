@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .device import load_rows
-from .launching import Launcher
+from .launching import Launcher, on_device
 from .problem import padded, rows_of
 
 __all__ = ["launch"]
@@ -38,8 +38,9 @@ def launch(launcher: Launcher, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor
     products = launcher.empty((batch, heads, length), torch.float32)
     programs = batch * heads * triton.cdiv(length, _ROWS)
     if programs:
-        launcher(
-            row_products_kernel, programs, rows_of(a), rows_of(b), products, heads, length,
-            ROWS=_ROWS, D=padded(head_dim), HEAD_DIM=head_dim, num_warps=4,
-        )  # fmt: skip
+        with on_device(a.device):
+            launcher(
+                row_products_kernel, programs, rows_of(a), rows_of(b), products, heads, length,
+                ROWS=_ROWS, D=padded(head_dim), HEAD_DIM=head_dim, num_warps=4,
+            )  # fmt: skip
     return products

@@ -57,6 +57,14 @@ def test_products_equal_float64(products: Any, shape: tuple[int, ...], dtypes: A
         assert_close("operator", row_products.row_products(a, b), expected, 1e-6)
 
 
+def test_without_triton_and_in_float64_the_sum_is_plain(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    a, b = (torch.randn(2, 3, 5, 8, device=device) for _ in range(2))
+    monkeypatch.setattr(row_products, "run", None)  # would launch
+    assert row_products._on_gpu(a.double(), b).dtype == torch.float64
+    monkeypatch.setattr(row_products, "unsupported_device_reason", lambda device: "Triton is not installed")
+    assert torch.equal(row_products._on_gpu(a, b), (a * b).sum(-1))
+
+
 def test_the_operators_pass_opcheck(device: str) -> None:
     query = torch.randn(2, 3, 20, 16, device=device).transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
     for batch in (1, 2):
