@@ -8,8 +8,8 @@
 # by their loss, weighs what is hard in them and sees them again.
 #
 # METHOD is the attention (default asentmax), MINUTES (3.2) and MORE_MINUTES (own 1.2, paper 6.6) are the training times,
-# RUNS the folder, FLAGS go to both runs, MORE_FLAGS to the second alone, EVALUATE_FLAGS to its test. A run that stays on
-# the plateau is given up: try another seed.
+# RUNS the folder, FLAGS go to both runs, MORE_FLAGS to the second alone, EVALUATE_FLAGS to its test; with FIRST_ONLY=1
+# the first run is all (ablations.py). A run that stays on the plateau is given up: try another seed.
 set -euo pipefail
 if [[ ${1:---help} == --help ]]; then
     sed -n '2,/^set/{/^#/s/^# \?//p}' "$0"
@@ -43,6 +43,9 @@ train=recipes/synthetic/train.py name=mqmtar-$method-nape-$distribution
 # shellcheck disable=SC2086  # FLAGS are several words
 "${PYTHON:-python3}" "$train" "${common[@]}" "${first[@]}" --name "$distribution-first" --ease-in 1500 --decay 0.25 \
     --minutes "${MINUTES:-3.2}" --give-up 3000000 ${FLAGS:-}
+if [[ -n ${FIRST_ONLY:-} ]]; then
+    exit
+fi
 # shellcheck disable=SC2086
 "${PYTHON:-python3}" "$train" "${common[@]}" --name "$distribution" --ease-in 300 --warmup 100 --decay 1 --head-drop 0.75 "${second[@]}" \
     --start-from "$out/$name-first/seed$seed" --minutes "${MORE_MINUTES:-$more_minutes}" ${FLAGS:-} \

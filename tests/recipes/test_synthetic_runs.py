@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -20,12 +21,12 @@ from torch import nn
 
 from hf_asentmax.integration.install import scaling_of
 from recipes.recording import AttentionCall, recorded_attention
-from recipes.synthetic import evaluate, lookup, margins, measuring, mistakes, model_card, report, train
+from recipes.synthetic import ablations, evaluate, lookup, margins, measuring, mistakes, model_card, report, train
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
 from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
-from recipes.synthetic.settings import RunSettings
+from recipes.synthetic.settings import RunSettings, add_flags, from_flags
 from recipes.synthetic.stick_breaking import stick_breaking_attention
 from recipes.synthetic.tasks import TASKS, Batch, Mqmtar, Task
 from recipes.synthetic.trainer import Trainer, learning_rate
@@ -736,6 +737,48 @@ def test_mqmtar_in_two_runs(distribution: str, tmp_path: Path) -> None:
     assert refused.returncode == 2 and "expected own or paper, got mine" in refused.stderr
     refused = run(["bash", script, distribution, "0", "1"])
     assert refused.returncode == 2 and f"expected a distribution and one seed, got {distribution} 0 1" in refused.stderr
+
+
+def test_ablations_run_once_and_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = " ".join([*SIZE_FLAGS, "--no-compile --batch 8 --validate-multiple 1 --plateau 100 --log-every 1"])
+    command = ["paper", "--minutes", "0.01", "--samples", "4", "--flags", flags]
+    command += ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    with pytest.raises(SystemExit):
+        ablations.main([*command, "--report"])
+    ablations.main([*command, "--only", "base", "no jitter"])
+    file = tmp_path / "results" / "paper-asentmax.json"
+    variants = json.loads(file.read_text())["variants"]
+    assert list(variants) == ["base", "no jitter"] and set(variants["base"]) == {"0"}
+    assert variants["base"]["0"]["settings"]["jitter"] == 0.4 and variants["no jitter"]["0"]["settings"]["jitter"] == 1
+    assert variants["base"]["0"]["validation"]["samples"] == 4 and variants["base"]["0"]["header"]["versions"]
+    before = file.stat().st_mtime_ns
+    ablations.main([*command, "--only", "base"])
+    assert file.stat().st_mtime_ns == before
+    variants["no jitter"]["0"] |= {"validation": None, "left_plateau": None}
+    file.write_text(json.dumps({"distribution": "paper", "method": "asentmax", "variants": variants}))
+    ablations.main([*command, "--report"])
+    lines = file.with_suffix(".md").read_text().splitlines()
+    assert lines[2].startswith("| variant | flags | seed 0: e x 1e6 | plateau left at")
+    assert "| no jitter | `--jitter 1` | plateau not left | never |" in lines[5]
+    assert file.with_suffix(".png").stat().st_size > 10_000
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        ablations.main(["paper", "--only", "near misses of keys"])
+    assert "expected some of base, no corrupted answers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("distribution", ["own", "paper"])
+def test_every_ablation_is_a_run_that_can_be_made(distribution: str) -> None:
+    """train.py knows the flags, and they change a setting."""
+    seen = []
+    for name in ablations.variants_of(distribution):
+        parser = argparse.ArgumentParser()
+        for settings_class in (RunSettings, Mqmtar):
+            add_flags(parser, settings_class, "flags")
+        base = "--jitter 0.4 --key-noise 0.3 --corrupt 0.5 --ease-in 1500 --batch 512 --lr 5e-4"
+        parsed = parser.parse_args(f"{base} {ablations.VARIANTS[name]}".split())
+        seen.append((from_flags(RunSettings, parsed), from_flags(Mqmtar, parsed)))
+    assert len(set(seen)) == len(seen)
 
 
 def test_the_card_of_the_model_that_holds_furthest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
