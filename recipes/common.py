@@ -118,6 +118,12 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(columns), "  ".join("-" * width for width in widths), *(line(row) for row in rows)])
 
 
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def length_axes(train_length: int, lengths: Sequence[int], panels: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure of panels whose x axis is the length in tokens, doubling; the lengths seen in training are shaded."""
     import matplotlib

@@ -19,17 +19,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes.benchmark import attention_report, decode_report
-from recipes.common import short_commit
-from recipes.synthetic.report import CAVEATS, TRACKS, Group, best, grouped, in_all, tables
+from recipes.common import markdown_table, short_commit
+from recipes.synthetic.report import TRACKS, Group, best, caveats, grouped, in_all, tables
 
 RECIPES = Path(__file__).resolve().parent
 README = RECIPES.parent / "README.md"
-
-
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def origin(content: dict[str, Any]) -> str:
@@ -289,7 +283,7 @@ def synthetic(*contents: dict[str, Any]) -> str:
     notes: list[str] = []
     origins: list[str] = []
     others: list[list[str]] = []
-    caveats: list[str] = []
+    compared: list[Group] = []
     under_nape = [group for group in grouped(list(contents)) if group.positions == "nape"]
     for (_, track), of_track in tables(under_nape):
         members = [group for group in of_track if group.method == "asentmax"]
@@ -309,11 +303,11 @@ def synthetic(*contents: dict[str, Any]) -> str:
             f"{_other_seeds(members, group, last)}"
         )
         origins.append(_origin_of_seeds([result["evaluation"] for result in group.results]))
-        caveats.append(group.caveat)
+        compared.append(group)
         for method in dict.fromkeys(group.method for group in of_track if group.method != "asentmax"):
             other = best([group for group in of_track if group.method == method])
             others.extend(_rows(other, shown))
-            caveats.append(other.caveat)
+            compared.append(other)
     rows.extend(others)
     for method, sources in published["mqmtar"].items():
         for source, values in sources.items():
@@ -322,11 +316,7 @@ def synthetic(*contents: dict[str, Any]) -> str:
         [
             "Multi-query multi-token associative recall, trained on at most 64 tokens, exact match in %:",
             markdown_table(["", *(f"{64 * multiple:,} ({multiple}x)" for multiple in shown)], rows),
-            *(
-                f"† {CAVEATS[caveat].replace('(README', '(recipes/synthetic/README')}."
-                for caveat in set(caveats)
-                if caveat
-            ),
+            *(f"† {text}" for text in caveats(compared, "recipes/synthetic/README.md")),
             f"Ours, {'; '.join(notes)}. "
             "Our own training data have near misses among keys and values, so their rows are no "
             "comparison with the published ones (the paper's, best of 3 seeds, and an independent group's, both on the "

@@ -3,8 +3,8 @@
 torch.compile would write the sum itself, and its code for that is not to be trusted: where it pads the strides of the
 sum's result (heads x length above 1,024 that 32 does not divide), torch 2.11 writes one layout and reads another,
 beyond the tensor's end (https://github.com/pytorch/pytorch/issues/194281 is the same defect, mended in later releases).
-Gradients of length scalings, and of all layers below, were up to 10^6 times too large, and different each time. An
-operator's result has the strides that it says.
+Gradients of length scalings, and of all layers below, were 10^6 times too large and more, and different each
+time. An operator's result has the strides that it says.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ def _plain(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _on_gpu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if _wide(a, b) == torch.float64 or unsupported_device_reason(a.device) is not None:
         return _plain(a, b)
+    from .op import _unit_stride
     from .row_products_kernel import launch
 
-    rows = [tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (a, b)]
+    rows = [_unit_stride(tensor) for tensor in (a, b)]
 
     def body(launcher: Launcher) -> tuple[torch.Tensor]:
         return (launch(launcher, *rows),)

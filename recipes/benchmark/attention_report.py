@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from recipes.common import OTHERS, OURS, save_figure, short_commit
+from recipes.common import OTHERS, OURS, markdown_table, save_figure, short_commit
 
 PEERS = ("sdpa cuDNN", "sdpa flash-2", "flex alibi", "adasplash v2", "adasplash v1")
 
@@ -45,7 +45,7 @@ def table(content: dict[str, Any]) -> str:
     cases = by_case(content["results"])
     peers = [peer for peer in PEERS if any(peer in rows for rows in cases.values())]
     columns = ["input", "N", "D", "B x H", "support", "error", "ours", *peers, "memory, ours / cuDNN", "commit"]
-    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    rows_shown: list[list[str]] = []
     for (kind, length, head_dim, batch, heads, commit), rows in sorted(cases.items(), key=lambda item: str(item[0][0])):
         ours = rows.get("ours")
         if ours is None:
@@ -65,15 +65,14 @@ def table(content: dict[str, Any]) -> str:
         softmax = rows.get("sdpa cuDNN")
         cells.append("-" if softmax is None else f"{ours['peak_mib'] / softmax['peak_mib']:.2f}")
         cells.append(commit or short_commit(content["commit"]))
-        lines.append("| " + " | ".join(cells) + " |")
+        rows_shown.append(cells)
     device, versions = content["device"]["name"], content["versions"]["torch"]
-    lines += [
-        "",
+    origin = (
         f"Milliseconds, medians: forward / forward and backward, called from Python (both passes in a CUDA graph): the "
         f"peer's time over ours, called and in a graph. bfloat16, causal, {device}, torch {versions}, "
-        f"commit {short_commit(content['commit'])}, `{content['command']}`.",
-    ]
-    return "\n".join(lines) + "\n"
+        f"commit {short_commit(content['commit'])}, `{content['command']}`."
+    )
+    return f"{markdown_table(columns, rows_shown)}\n\n{origin}\n"
 
 
 def plot(content: dict[str, Any], path: Path, head_dim: int = 64) -> None:

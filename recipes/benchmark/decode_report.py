@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from recipes.benchmark.decode import PEERS
-from recipes.common import short_commit
+from recipes.common import markdown_table, short_commit
 
 CASE = ("kind", "heads", "kv_heads", "head_dim", "kv_len", "batch")
 
@@ -39,7 +39,7 @@ def table(content: dict[str, Any]) -> str:
     cases = by_case(content["results"])
     peers = [peer for peer in PEERS if any(peer in rows for rows in cases.values())]
     columns = ["input", "heads x D", "keys", "batch", "support", "error", "ours", "share of the byte floor", *peers]
-    lines = ["| " + " | ".join(columns) + " |", "| " + " | ".join("---" for _ in columns) + " |"]
+    rows_shown: list[list[str]] = []
     for (kind, heads, kv_heads, head_dim, kv_len, batch), rows in cases.items():
         ours = rows.get("ours")
         if ours is None:
@@ -51,15 +51,14 @@ def table(content: dict[str, Any]) -> str:
         for peer in peers:
             row = rows.get(peer)
             cells.append("-" if row is None else f"{1e3 * row['ms']:.1f} ({times_faster(ours, row):.2f}x)")
-        lines.append("| " + " | ".join(cells) + " |")
+        rows_shown.append(cells)
     device, versions = content["device"]["name"], content["versions"]["torch"]
-    lines += [
-        "",
+    origin = (
         "Microseconds of one step inside a CUDA graph, medians; in brackets the peer's time over ours in the same run. "
         f"bfloat16, {device} (copies {content['copy_tb_per_s']} TB/s), torch {versions}, "
-        f"commit {short_commit(content['commit'])}, `{content['command']}`.",
-    ]
-    return "\n".join(lines) + "\n"
+        f"commit {short_commit(content['commit'])}, `{content['command']}`."
+    )
+    return f"{markdown_table(columns, rows_shown)}\n\n{origin}\n"
 
 
 def main() -> None:

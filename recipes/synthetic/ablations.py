@@ -6,7 +6,8 @@
 
 e is how often one wrong pair of n beats the right one (1 - query accuracy = n e), measured at 64 times the training
 length on samples apart from the test's; it tells runs apart long after accuracy at short lengths is saturated. Results
-go to recipes/synthetic/ablations/ as JSON, a table and a figure; variants that are there are not run again.
+go to recipes/synthetic/ablations/ as JSON, a table and a figure; variants that are there are not run again, and others
+are only added if they are run alike.
 """
 
 from __future__ import annotations
@@ -24,17 +25,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.common import OURS, save_figure, write_json
+from recipes.common import OURS, markdown_table, save_figure, write_json
 from recipes.synthetic.report import TRACKS
 
 __all__ = ["VARIANTS", "main"]
 
 RESULTS = Path(__file__).parent / "ablations"
 SCRIPT = Path(__file__).with_name("mqmtar.sh")
-BASE = "base"
 # What each changes in the first run of mqmtar.sh.
 VARIANTS: dict[str, str] = {
-    BASE: "",
+    "base": "",
     "no corrupted answers": "--corrupt 0",
     "no jitter": "--jitter 1",
     "no key noise": "--key-noise 0",
@@ -78,7 +78,7 @@ def train(parsed: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
     """One run; what its run.json says that the table wants.
 
     Raises:
-        RuntimeError: the run failed; its output stands above.
+        RuntimeError: the run failed, its output stands above; or another run of that name was there.
     """
     word = f"{parsed.distribution}-{_word(name)}"
     environment = {
@@ -97,16 +97,10 @@ def train(parsed: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
         raise RuntimeError(f"the run of {name!r}, seed {seed}, ended with code {done.returncode}; see its output above")
     (file,) = parsed.out.glob(f"mqmtar-{parsed.method}-*-{word}/seed{seed}/run.json")
     run = json.loads(file.read_text())
-    kept = (
-        "header",
-        "samples",
-        "seconds",
-        "samples_per_second",
-        "left_plateau",
-        "given_up",
-        "settings",
-        "task_settings",
-    )
+    minutes = run["settings"]["minutes"]
+    if minutes != parsed.minutes:
+        raise RuntimeError(f"{file.parent} holds a run of {minutes} minutes, not {parsed.minutes}: give another --out")
+    kept = ("header", "samples", "seconds", "samples_per_second", "left_plateau", "settings", "task_settings")
     validation = run["validations"][-1] if run["validations"] else None
     return {"flags": VARIANTS[name], "validation": validation, **{key: run[key] for key in kept}}
 
@@ -121,9 +115,8 @@ def _times_million(validation: dict[str, Any] | None) -> str:
 def table(results: dict[str, Any]) -> str:
     """A row for each variant: each seed's e with its 95% interval, and when the plateau was left."""
     seeds = sorted({int(seed) for runs in results["variants"].values() for seed in runs})
-    lines = [
-        ["variant", "flags", *(f"seed {seed}: e x 1e6" for seed in seeds), "plateau left at, M samples", "samples, M"]
-    ]
+    columns = ["variant", "flags", *(f"seed {seed}: e x 1e6" for seed in seeds), "plateau left at, M samples"]
+    rows = []
     for name, runs in results["variants"].items():
         some = [runs[str(seed)] for seed in seeds if str(seed) in runs]
         left = ", ".join(
@@ -131,9 +124,8 @@ def table(results: dict[str, Any]) -> str:
         )
         cells = [_times_million(runs[str(seed)]["validation"]) if str(seed) in runs else "" for seed in seeds]
         samples = sum(run["samples"] for run in some) / len(some) / 1e6
-        lines.append([name, f"`{some[0]['flags']}`" if some[0]["flags"] else "", *cells, left, f"{samples:.1f}"])
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+        rows.append([name, f"`{some[0]['flags']}`" if some[0]["flags"] else "", *cells, left, f"{samples:.1f}"])
+    return markdown_table([*columns, "samples, M"], rows) + "\n"
 
 
 def _figure(results: dict[str, Any], file: Path) -> None:
@@ -188,9 +180,13 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--only {unknown[0]!r}: expected some of {', '.join(variants_of(parsed.distribution))}")
 
     file = parsed.results / f"{parsed.distribution}-{parsed.method}.json"
-    results: dict[str, Any] = {"distribution": parsed.distribution, "method": parsed.method, "variants": {}}
+    alike = {name: getattr(parsed, name) for name in ("distribution", "method", "minutes", "samples", "flags")}
+    results: dict[str, Any] = {**alike, "variants": {}}
     if file.exists():
         results = json.loads(file.read_text())
+        differing = [f"{name} {results[name]!r}" for name in alike if results[name] != alike[name]]
+        if differing and not parsed.report:
+            parser.error(f"{file} has runs with {', '.join(differing)}: give the same, or another --results and --out")
     elif parsed.report:
         parser.error(f"{file} is not there yet; the same command without --report makes it")
     wanted = [] if parsed.report else [(name, seed) for seed in parsed.seeds for name in names]

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.common import results_header, write_json
+from recipes.common import markdown_table, results_header, write_json
 from recipes.recording import recorded_attention
 from recipes.synthetic.evaluate import task_of
 from recipes.synthetic.measuring import fixed_batches
@@ -116,8 +116,7 @@ def lookups(model: PreTrainedModel, task: Mqmtar, samples: int) -> Iterator[dict
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: each place's lookup heads of a layer in one line, medians; errors a query at 1024x by kind of key."""
     names = ("swapped", "first", "second", "crossed", "far")
-    lines = ["| place | layer | heads | score | " + " | ".join(f"{name}, errors a query" for name in names) + " |"]
-    lines.append("| " + " | ".join(["---"] * (4 + len(names))) + " |")
+    lines = []
     for place, layer in dict.fromkeys((row["place"], row["layer"]) for row in rows):
         members = [row for row in rows if (row["place"], row["layer"]) == (place, layer)]
         cells = [place, str(layer + 1), str(len(members))]
@@ -125,8 +124,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         for name in names:
             errors = torch.tensor([row[name] * row[f"{name}_keys"] for row in members]).median()
             cells.append(f"{errors:.4f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown_table(["place", "layer", "heads", "score", *(f"{name}, errors a query" for name in names)], lines)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.common import results_header, write_json
+from recipes.common import markdown_table, results_header, write_json
 from recipes.synthetic.evaluate import task_of
 from recipes.synthetic.margins import SEED, likenesses
 from recipes.synthetic.measuring import predictions
@@ -76,9 +76,8 @@ def counted(model: PreTrainedModel, task: Mqmtar, length: int, samples: int) -> 
 
 def table(rows: dict[str, dict[str, int]]) -> str:
     """Markdown: wrong letters down, kinds of keys across."""
-    lines = ["| wrong | " + " | ".join(KINDS) + " |", "| " + " | ".join(["---"] * (1 + len(KINDS))) + " |"]
-    return "\n".join(lines + [f"| {wrong} | " + " | ".join(str(row[kind]) for kind in KINDS) + " |"
-                              for wrong, row in rows.items()])  # fmt: skip
+    lines = [[wrong, *(str(row[kind]) for kind in KINDS)] for wrong, row in rows.items()]
+    return markdown_table(["wrong", *KINDS], lines)
 
 
 def main(arguments: list[str] | None = None) -> None:

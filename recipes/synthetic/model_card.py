@@ -23,7 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.synthetic.evaluate import RESULTS
-from recipes.synthetic.report import CAVEATS, TRACKS, Group, best, grouped, in_all, tables
+from recipes.synthetic.report import TRACKS, Group, best, caveats, grouped, in_all, tables
 from recipes.synthetic.tasks import TASKS, MaxRetrieval
 
 __all__ = ["card", "main"]
@@ -92,7 +92,8 @@ def card(group: Group) -> str:
         commits=", ".join(dict.fromkeys(one["header"]["commit"] for one in runs)),
         seed=run["seed"],
         commands="\n".join(_commands(run)),
-        limits=f"{_each_seed(group) if many else 'One seed.'} {_LIMITS[group.track]}{_caveat(group)}",
+        limits=f"{_each_seed(group) if many else 'One seed.'} {_LIMITS[group.track]}"
+        + "".join(f" {text}" for text in caveats([group], "../recipes/synthetic/README.md")),
     )
     return str(made).rstrip() + "\n"
 
@@ -103,13 +104,6 @@ def _each_seed(group: Group) -> str:
     seeds = ", ".join(str(result["run"]["seed"]) for result in group.results)
     shares = ", ".join(f"{100 * entry['exact_match']:.1f}" for entry in group.entries(last))
     return f"Numbers are over all seeds that were tested at a length; seeds {seeds} alone have {shares}% at {last}x."
-
-
-def _caveat(group: Group) -> str:
-    if not group.caveat:
-        return ""
-    text = CAVEATS[group.caveat].replace("(README.md", "(../recipes/synthetic/README.md")
-    return f" {text[0].upper()}{text[1:]}."
 
 
 _LIMITS = {

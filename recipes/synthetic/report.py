@@ -21,13 +21,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.common import OTHERS, OURS, length_axes, save_figure
+from recipes.common import OTHERS, OURS, length_axes, markdown_table, save_figure
 from recipes.synthetic.evaluate import RESULTS
 from recipes.synthetic.measuring import wilson_interval
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import TASKS
 
-__all__ = ["CAVEATS", "TRACKS", "Group", "best", "grouped", "in_all", "main", "markdown", "names", "tables"]
+__all__ = ["TRACKS", "Group", "best", "caveats", "grouped", "in_all", "main", "markdown", "names", "tables"]
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
 # Settings that say nothing about how a model came to be, or have a column of their own.
@@ -38,9 +38,10 @@ _COLORED = ("asentmax", "softmax", "entmax", "ssmax", "adaptive_temperature", "t
 _COLORS = dict(zip(_COLORED, (OURS[0], *(color for color, _ in OTHERS[1:5]), "#e69f00", "#8c510a"), strict=True))
 TRACKS = {"paper": "the paper's distribution", "own": "a distribution of our own"}
 # What is wrong with a run that stays in the tables as it was measured: "caveat" in its results file.
-CAVEATS = {
-    "wrong gradients": "trained with gradients that torch.compile got wrong (before commit 838291d; "
-    "[what is known of it](README.md#jumps)): what was tested is right, what the settings do is not known from it"
+_CAVEATS = {
+    "wrong gradients": "trained with gradients that torch.compile got wrong (before commit 838291d; SSMax's were not "
+    "looked at; [what is known of it]({readme}#jumps)): what was tested is right, what the settings do is not known "
+    "from it"
 }
 
 
@@ -57,7 +58,7 @@ class Group:
 
     @property
     def caveat(self) -> str:
-        """A key of CAVEATS, or none."""
+        """What is wrong with its runs, for `caveats`; mostly nothing: an empty string."""
         return self.results[0]["run"].get("caveat", "")
 
     def entries(self, multiple: int) -> list[dict[str, Any]]:
@@ -104,10 +105,10 @@ def grouped(results: list[dict[str, Any]]) -> list[Group]:
     for result in results:
         run = result["run"]
         budget = f"{run['settings']['steps']} {run['settings']['minutes']}"
-        settings = (run["settings"]["method"], run["settings"]["positions"], _changed(run))
-        groups[(run["task"], run["track"], *settings, f"{budget} {run.get('caveat', '')}")].append(result)
+        settings = (run["settings"]["method"], run["settings"]["positions"], _changed(run), budget)
+        groups[(run["task"], run["track"], *settings, run.get("caveat", ""))].append(result)
     made = []
-    for (task, track, method, positions, changed, _), members in groups.items():
+    for (task, track, method, positions, changed, *_), members in groups.items():
         seeds = sorted(members, key=lambda result: result["run"]["seed"])
         made.append(Group(task, track, method, positions, changed, tuple(seeds)))
     order = list(TASKS)
@@ -128,6 +129,12 @@ def best(groups: list[Group]) -> Group:
         return not group.caveat, len(group.results), max(held, default=(0, 0.0))
 
     return max(groups, key=rank)
+
+
+def caveats(groups: list[Group], readme: str) -> list[str]:
+    """What is wrong with any of the groups, a sentence each; `readme` is this recipe's README.md, for a link."""
+    texts = (_CAVEATS[key].format(readme=readme) for key in dict.fromkeys(group.caveat for group in groups) if key)
+    return [f"{text[0].upper()}{text[1:]}." for text in texts]
 
 
 def tables(groups: list[Group]) -> list[tuple[tuple[str, str], list[Group]]]:
@@ -157,17 +164,12 @@ def markdown(groups: list[Group]) -> str:
         if task == "mqmtar":
             parts.append("The query-error law: e = wrong queries / queries / pairs, over all seeds, x 1e-6.\n")
             parts.append(_law_table(members))
-        parts.extend(f"† {CAVEATS[caveat]}.\n" for caveat in dict.fromkeys(g.caveat for g in members if g.caveat))
+        parts.extend(f"† {text}\n" for text in caveats(members, "../README.md"))
         settings = [f"- {name}: {g.changed}" for name, g in zip(names(members), members, strict=True) if g.changed]
         if settings:
             parts.append("Settings that are not the defaults:\n\n" + "\n".join(settings) + "\n")
     sources = "\n".join(f"- {name}: {text}" for name, text in PUBLISHED["sources"].items())
     return "# Synthetic tasks\n\n" + "\n".join(parts) + f"\nPublished rows:\n{sources}\n"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def _accuracy_table(task: str, members: list[Group]) -> str:
@@ -195,7 +197,7 @@ def _accuracy_table(task: str, members: list[Group]) -> str:
         for source, values in sources.items():
             cells = [f"{method}, {source}", "", "", "", ""]
             rows.append([*cells, *(str(values.get(str(multiple), "")) for multiple in multiples)])
-    return _table(header, rows)
+    return markdown_table(header, rows) + "\n"
 
 
 def _with_interval(pooled: tuple[float, float, float] | None) -> str:
@@ -217,7 +219,7 @@ def _law_table(members: list[Group]) -> str:
             scale = 1e6 / entries[0]["pairs"]
             cells.append(f"{wrong / queries * scale:.2g} [{low * scale:.2g}, {high * scale:.2g}]")
         rows.append([name, *cells])
-    return _table(["e x 1e6", *(f"{multiple}x" for multiple in multiples)], rows)
+    return markdown_table(["e x 1e6", *(f"{multiple}x" for multiple in multiples)], rows) + "\n"
 
 
 def figure(groups: list[Group], file: Path) -> None:

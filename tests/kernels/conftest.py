@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_asentmax.kernels import decode_op, launching, op
+from hf_asentmax.kernels import decode_op, launching, op, row_products
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu" and importlib.util.find_spec("triton") is not None:  # not everywhere: tests then skip
@@ -33,8 +33,8 @@ def every_call_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
                 launching.run(*arguments)
             return launching.run(*arguments)
 
-        monkeypatch.setattr(op, "run", thrice)
-        monkeypatch.setattr(decode_op, "run", thrice)
+        for module in (op, decode_op, row_products):
+            monkeypatch.setattr(module, "run", thrice)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

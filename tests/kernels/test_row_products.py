@@ -18,16 +18,9 @@ pytestmark = pytest.mark.gpu  # too: they run where there is none as well
 
 
 @pytest.fixture
-def products(device: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The operator on a GPU, the third time that it is called; else its kernel in the interpreter."""
+def products(device: str) -> Any:
+    """The operator on a GPU (the third time that it is called: conftest); else its kernel in the interpreter."""
     if device == "cuda":
-
-        def thrice(*arguments: Any) -> Any:
-            for _ in range(2):
-                launching.run(*arguments)
-            return launching.run(*arguments)
-
-        monkeypatch.setattr(row_products, "run", thrice)
         return row_products.row_products
     from hf_asentmax.kernels.row_products_kernel import launch
 

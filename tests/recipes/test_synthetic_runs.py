@@ -754,8 +754,14 @@ def test_ablations_run_once_and_are_told_apart(tmp_path: Path, capsys: pytest.Ca
     before = file.stat().st_mtime_ns
     ablations.main([*command, "--only", "base"])
     assert file.stat().st_mtime_ns == before
+    with pytest.raises(SystemExit):
+        ablations.main([*command, "--minutes", "0.02", "--only", "delta 0"])
+    assert "has runs with minutes 0.01: give the same, or another --results" in capsys.readouterr().err
+    elsewhere = ["--results", str(tmp_path / "others"), "--minutes", "0.02", "--only", "base"]
+    with pytest.raises(RuntimeError, match=r"holds a run of 0.01 minutes, not 0.02: give another --out"):
+        ablations.main([*command, *elsewhere])
     variants["no jitter"]["0"] |= {"validation": None, "left_plateau": None}
-    file.write_text(json.dumps({"distribution": "paper", "method": "asentmax", "variants": variants}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "variants": variants}))
     ablations.main([*command, "--report"])
     lines = file.with_suffix(".md").read_text().splitlines()
     assert lines[2].startswith("| variant | flags | seed 0: e x 1e6 | plateau left at")
