@@ -111,10 +111,13 @@ def grouped(results: list[dict[str, Any]]) -> list[Group]:
     for (task, track, method, positions, changed, *_), members in groups.items():
         seeds = sorted(members, key=lambda result: result["run"]["seed"])
         made.append(Group(task, track, method, positions, changed, tuple(seeds)))
-    order = list(TASKS)
-    return sorted(
-        made, key=lambda group: (order.index(group.task), group.track, group.method, group.positions, group.changed)
-    )
+    order, tracks = list(TASKS), list(TRACKS)
+
+    def place(group: Group) -> tuple[int, int, str, str, str]:
+        track = tracks.index(group.track)
+        return order.index(group.task), track, group.method, group.positions, group.changed
+
+    return sorted(made, key=place)
 
 
 def best(groups: list[Group]) -> Group:
