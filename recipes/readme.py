@@ -38,8 +38,8 @@ def origin(content: dict[str, Any]) -> str:
 
 
 def _origin_of_seeds(headers: list[dict[str, Any]]) -> str:
-    """`origin` of results that have a file for each seed."""
-    commands = dict.fromkeys(header["command"] for header in headers)
+    """`origin` of results that have a file for each seed, where one command tests all seeds of a folder."""
+    commands = dict.fromkeys(re.sub(r"/seed\d+", "", header["command"]) for header in headers)
     commits = dict.fromkeys(short_commit(header["commit"]) for header in headers)
     seeds = [seed for header in headers for seed in header["seeds"]]
     return origin({**headers[0], "command": "; ".join(commands), "commit": ", ".join(commits), "seeds": seeds})
@@ -314,6 +314,7 @@ def synthetic(*contents: dict[str, Any]) -> str:
             rows.append([f"{method}, {source}", *(f"{values.get(str(multiple), '')}" for multiple in shown)])
     return "\n\n".join(
         [
+            "![Exact match against length](recipes/synthetic/results/mqmtar-paper.png)",
             "Multi-query multi-token associative recall, trained on at most 64 tokens, exact match in %:",
             markdown_table(["", *(f"{64 * multiple:,} ({multiple}x)" for multiple in shown)], rows),
             *(f"† {text}" for text in caveats(compared, "recipes/synthetic/README.md")),
