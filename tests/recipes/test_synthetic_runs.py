@@ -740,7 +740,7 @@ def test_train_evaluate_report(
 
     report.main(["--results", str(results)])
     text = (results / "report.md").read_text()
-    assert text.index("mqmtar, trained on a distribution of our own") < text.index("trained on the paper's")
+    assert text.index("mqmtar, trained on the paper's") < text.index("mqmtar, trained on a distribution of our own")
     assert (
         "- asentmax + nape (a): batch 4, corrupt 0.5" in text
         and "**asentmax + nape (a)**" in text
@@ -870,7 +870,7 @@ def test_the_card_of_the_model_that_holds_furthest(tmp_path: Path, capsys: pytes
         {file.name: file.read_text() for file in folder.iterdir()} for folder in (tmp_path, model_card.CARDS)
     )
     assert written == kept, "run recipes/synthetic/model_card.py"
-    made = ModelCard.load(tmp_path / "mqmtar-own.md")
+    made = ModelCard.load(tmp_path / "mqmtar-paper.md")
     assert made.data.license == "apache-2.0" and made.data.library_name == "transformers"
     results = {result.dataset_config: result.metric_value for result in made.data.eval_results}
     assert results["1024x"] >= 0.915 and made.text.count("python recipes/synthetic/train.py") >= 2
