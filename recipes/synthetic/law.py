@@ -171,7 +171,8 @@ def figure(runs: dict[str, Any], file: Path) -> None:
     lengths = sorted({entry["length"] for run in runs.values() for entry in run["lengths"]})
     drawing, (axes,) = length_axes(next(iter(runs.values()))["train_length"], lengths)
     for number, (name, run) in enumerate(runs.items()):
-        entries = run["lengths"]
+        beside = 2 ** (0.08 * (number - (len(runs) - 1) / 2))  # next to each other, not one on the other
+        entries = [{**entry, "length": beside * entry["length"]} for entry in run["lengths"]]
         color = f"C{number % 10}"
         found = [entry for entry in entries if entry["e"] > 0]
         if found:
