@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from recipes.synthetic.measuring import measure, set_matmul_precision
 from recipes.synthetic.models import load_model
 from recipes.synthetic.tasks import TASKS, Task
 
-__all__ = ["evaluate_run", "main", "task_of"]
+__all__ = ["evaluate_run", "main", "run_folders", "task_of"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,6 +36,11 @@ RESULTS = Path(__file__).parent / "results"
 def task_of(run: dict[str, Any]) -> Task:
     """The task that a run.json describes."""
     return TASKS[run["task"]](**run["task_settings"])
+
+
+def run_folders(roots: Iterable[Path]) -> list[Path]:
+    """The folders of seeds at or below `roots` whose run has ended, given up or not, in order."""
+    return sorted({file.parent for root in roots for file in root.rglob("run.json")})
 
 
 def evaluate_run(
@@ -106,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
 
     logging.disable_progress_bar()
-    folders = sorted({file.parent for run in parsed.runs for file in run.rglob("run.json")})
+    folders = run_folders(parsed.runs)
     if not folders:
         parser.error(f"no finished run below {', '.join(map(str, parsed.runs))}")
     for folder in tqdm(folders, unit="model"):

@@ -28,9 +28,10 @@ from transformers import DynamicCache, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.common import default_device, length_axes, markdown_table, results_header, save_figure, write_json
-from recipes.synthetic.evaluate import task_of
+from recipes.synthetic.evaluate import run_folders, task_of
 from recipes.synthetic.measuring import autocast, fixed_batches, set_matmul_precision, wilson_interval
 from recipes.synthetic.models import load_model
+from recipes.synthetic.report import times_million
 from recipes.synthetic.tasks import Batch, Mqmtar
 
 __all__ = ["interval", "main", "measure_law", "questions"]
@@ -116,10 +117,12 @@ def measure_law(
         raise ValueError(f"a length of {length} holds {pairs} pairs; it takes at least {task.QUERIES}")
     contexts = math.ceil(queries / each)
     generator = torch.Generator().manual_seed(SEED)
-    at_once = max(1, min(256, tokens_at_once // length))
+    answer = 3 * task.QUERIES  # tokens
+    at_once = max(1, min(256, tokens_at_once // length))  # rows of cached keys and values
+    read_at_once = min(at_once, max(1, (1 << 17) // length))
     wrong: list[int] = []
     with tqdm(total=contexts, unit="context", leave=False) as bar:
-        for on_cpu in fixed_batches(task, length, contexts, min(at_once, max(1, (1 << 17) // length)), SEED):
+        for on_cpu in fixed_batches(task, length, contexts, read_at_once, SEED):
             read, follows, values = questions(task, on_cpu.to(device), generator)
             of_batch = torch.zeros(len(read), dtype=torch.int64, device=device)
             with autocast(task, device):
@@ -127,7 +130,6 @@ def measure_law(
                 groups = max(1, at_once // len(read))
                 for some, asked in zip(follows.split(groups, dim=1), values.split(groups, dim=1), strict=True):
                     repeated = _repeated(cache, some.shape[1])
-                    answer = 3 * task.QUERIES
                     logits = model(
                         input_ids=some.flatten(0, 1), past_key_values=repeated, use_cache=True, logits_to_keep=answer
                     ).logits
@@ -156,13 +158,8 @@ def table(runs: dict[str, Any]) -> str:
     multiples = sorted({entry["multiple"] for run in runs.values() for entry in run["lengths"]})
     rows = []
     for name, run in runs.items():
-        at = {entry["multiple"]: entry for entry in run["lengths"]}
-        cells = []
-        for multiple in multiples:
-            low, high = at[multiple]["e_interval"] if multiple in at else (0, 0)
-            e = f"{1e6 * at[multiple]['e']:.2g} [{1e6 * low:.2g}, {1e6 * high:.2g}]" if multiple in at else ""
-            cells.append(e)
-        rows.append([name, *cells])
+        cells = {entry["multiple"]: times_million(entry["e"], *entry["e_interval"]) for entry in run["lengths"]}
+        rows.append([name, *(cells.get(multiple, "") for multiple in multiples)])
     return markdown_table(["e x 1e6", *(f"{multiple}x" for multiple in multiples)], rows) + "\n"
 
 
@@ -208,14 +205,17 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
 
     runs: dict[str, Any] = json.loads(parsed.output.read_text())["runs"] if parsed.output.exists() else {}
-    folders = sorted({file.parent for run in parsed.runs for file in run.rglob("run.json")})
+    folders = run_folders(parsed.runs)
     if not folders and not (parsed.report and runs):
         parser.error(f"no finished run below {', '.join(map(str, parsed.runs)) or 'no folder'}")
-    for folder in [] if parsed.report else tqdm(folders, unit="model"):
+    models: list[tuple[Path, dict[str, Any], Mqmtar]] = []
+    for folder in [] if parsed.report else folders:
         run = json.loads((folder / "run.json").read_text())
         task = task_of(run)
         if not isinstance(task, Mqmtar):
             parser.error(f"{folder} was trained on {task.name}; the law is of MQMTAR's queries")
+        models.append((folder, run, task))
+    for folder, run, task in tqdm(models, unit="model", disable=not models):
         if run.get("given_up"):
             tqdm.write(f"{folder} was given up before it left the plateau: there is no model to ask")
             continue
@@ -241,6 +241,8 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{name} at {multiple}x: {entry['queries_wrong']} of {entry['queries']:,} queries wrong, "
                 f"e = {entry['e']:.2g} [{low:.2g}, {high:.2g}], {entry['seconds']:.1f} s"
             )
+    if not runs:
+        parser.error("nothing to report: every run was given up")
     parsed.output.with_suffix(".md").write_text(f"# MQMTAR's query-error law\n\n{table(runs)}")
     figure(runs, parsed.output.with_suffix(".png"))
     print(f"wrote {parsed.output}, its table and its figure")

@@ -27,7 +27,19 @@ from recipes.synthetic.measuring import wilson_interval
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import TASKS
 
-__all__ = ["TRACKS", "Group", "best", "caveats", "grouped", "in_all", "main", "markdown", "names", "tables"]
+__all__ = [
+    "TRACKS",
+    "Group",
+    "best",
+    "caveats",
+    "grouped",
+    "in_all",
+    "main",
+    "markdown",
+    "names",
+    "tables",
+    "times_million",
+]
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
 # Settings that say nothing about how a model came to be, or have a column of their own.
@@ -207,6 +219,11 @@ def _with_interval(pooled: tuple[float, float, float] | None) -> str:
     return "" if pooled is None else f"{pooled[0]:.1f} [{pooled[1]:.1f}, {pooled[2]:.1f}]"
 
 
+def times_million(e: float, low: float, high: float) -> str:
+    """A cell of a table of the query-error law: e and its interval, x 1e6."""
+    return f"{1e6 * e:.2g} [{1e6 * low:.2g}, {1e6 * high:.2g}]"
+
+
 def _law_table(members: list[Group]) -> str:
     multiples = sorted(set().union(*(group.multiples() for group in members)))
     rows = []
@@ -219,8 +236,7 @@ def _law_table(members: list[Group]) -> str:
                 continue
             wrong, queries = (sum(entry[name] for entry in entries) for name in ("queries_wrong", "queries"))
             low, high = wilson_interval(wrong, queries)
-            scale = 1e6 / entries[0]["pairs"]
-            cells.append(f"{wrong / queries * scale:.2g} [{low * scale:.2g}, {high * scale:.2g}]")
+            cells.append(times_million(*(share / entries[0]["pairs"] for share in (wrong / queries, low, high))))
         rows.append([name, *cells])
     return markdown_table(["e x 1e6", *(f"{multiple}x" for multiple in multiples)], rows) + "\n"
 

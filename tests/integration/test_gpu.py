@@ -141,9 +141,11 @@ def test_gradients_of_compiled_training(scaling: str, length: int, dtype: torch.
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         return list(torch.autograd.grad(loss, list(model.parameters())))
 
-    # In bfloat16 both round, each in its own way, and these scores are large: embeddings 13% apart on an H100,
-    # where float32 has less than 0.1%. What was wrong was so by orders of magnitude.
-    tolerance = 1e-3 if dtype == torch.float32 else 0.3
+    tolerance = 1e-3 if dtype == torch.float32 else 0.1
+    if dtype == torch.bfloat16 and (scaling, length) == ("asentmax", 333):
+        # Both round, each in its own way, and these scores are large: embeddings 13% apart on an H100, where float32
+        # has less than 0.1%. What was wrong was so by orders of magnitude.
+        tolerance = 0.3
     plain = gradients(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, dynamic=False)

@@ -646,11 +646,11 @@ def test_the_law_asks_for_every_key_as_a_test_does() -> None:
         assert torch.equal(follows[row, :, 13:].reshape(3, 4, 3)[..., 1:], values[row])
 
 
-@pytest.mark.parametrize("method", ["asentmax", "softmax"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_law_sees_what_one_pass_sees(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for are the values that one pass over context, queries and answers gives, every third one altered."""
     torch.manual_seed(0)
-    model = build_model(SMALL, method, "nape").double().eval()
+    model = build_model(SMALL, method, positions_for(method)).double().eval()
     for parameter in model.parameters():  # far from uniform outputs
         nn.init.normal_(parameter, std=0.3) if parameter.ndim == 2 else None
     questions = law.questions
@@ -701,6 +701,12 @@ def test_the_law_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         law.main(["--output", str(output)])
     assert "no finished run below no folder" in capsys.readouterr().err
+    file = tmp_path / "mqmtar-asentmax-nape" / "seed0" / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "given_up": True}))
+    with pytest.raises(SystemExit):
+        law.main([runs, "--device", "cpu", "--output", str(tmp_path / "other.json")])
+    said = capsys.readouterr()
+    assert "there is no model to ask" in said.out and "nothing to report: every run was given up" in said.err
 
 
 def test_mistakes_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

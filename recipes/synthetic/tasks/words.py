@@ -29,7 +29,7 @@ def distinct_integers(size: int, count: int, upper: int | torch.Tensor, generato
     # Draw more than enough and leave out those that were drawn before: where count^2 <= upper, fewer than one in
     # 10^15 rows have more than count + 16 repeats among 2 count + 16.
     drawn = _random_below(upper, (size, 2 * count + 16), generator)
-    # (Not by tril, which wakes all of a CPU's threads for each of a test's samples: 30 ms each on a busy machine.)
+    # (Not by tril, which wakes all of a CPU's threads, however little there is to do.)
     place = torch.arange(drawn.shape[1], device=drawn.device)
     earlier = ((drawn[:, :, None] == drawn[:, None, :]) & (place[:, None] > place)).any(dim=2)
     first_ones = earlier.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
