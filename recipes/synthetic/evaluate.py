@@ -13,6 +13,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +27,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.common import default_device, results_header, write_json
 from recipes.synthetic.measuring import measure, set_matmul_precision
 from recipes.synthetic.models import load_model
-from recipes.synthetic.tasks import TASKS, Task
+from recipes.synthetic.tasks import TASKS, Mqmtar, Task
 
-__all__ = ["evaluate_run", "main", "run_folders", "task_of"]
+__all__ = ["evaluate_run", "fewer_pairs", "main", "run_folders", "task_of"]
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def task_of(run: dict[str, Any]) -> Task:
-    """The task that a run.json describes."""
-    return TASKS[run["task"]](**run["task_settings"])
+def task_of(run: dict[str, Any], pool: int | None = None) -> Task:
+    """The task that a run.json describes, MQMTAR's with `pool` keys, and values, to draw from in place of its own."""
+    task = TASKS[run["task"]](**run["task_settings"])
+    if pool is None:
+        return task
+    if not isinstance(task, Mqmtar):
+        raise ValueError(f"--pool is for MQMTAR's keys and values; this run learnt {task.name}")
+    return replace(task, pool=pool)
+
+
+def fewer_pairs(task: Task, length: int) -> str:
+    """A remark where a context of MQMTAR has room for more pairs than its pool has; else nothing."""
+    if not isinstance(task, Mqmtar) or task.pairs(length) == task.fitting(length):
+        return ""
+    words = Mqmtar.LETTERS**2
+    more = f"; --pool gives more, {words:,} at most" if task.pool < words else ""
+    return f" ({task.pool:,} pairs, all of its pool, where {task.fitting(length):,} fit{more})"
 
 
 def run_folders(roots: Iterable[Path]) -> list[Path]:
@@ -53,6 +68,7 @@ def evaluate_run(
     long_samples: int,
     minutes: float,
     tokens_at_once: int,
+    pool: int | None = None,
 ) -> dict[str, Any]:
     """Test one finished run, writing the results after each length.
 
@@ -63,6 +79,7 @@ def evaluate_run(
         samples, long_samples: up to 64 times that length, and beyond.
         minutes: for one length at most.
         tokens_at_once: source tokens in a batch.
+        pool: MQMTAR's keys, and values, to draw from; None for as many as in training.
     """
     run = json.loads((folder / "run.json").read_text())
     results: dict[str, Any] = {"run": run, "evaluation": results_header(device, [run["seed"]]), "lengths": []}
@@ -72,24 +89,29 @@ def evaluate_run(
             results["lengths"] = earlier["lengths"]
             commands = [*earlier["evaluation"]["command"].split("; "), results["evaluation"]["command"]]
             results["evaluation"]["command"] = "; ".join(dict.fromkeys(commands))
-    task = task_of(run)
+    task = task_of(run, pool)
     set_matmul_precision(task)
     model: PreTrainedModel | None = None
     for multiple in multiples or task.test_multiples:
         wanted = samples if multiple <= 64 else long_samples
-        if any(entry["multiple"] == multiple and entry["samples"] >= wanted for entry in results["lengths"]):
+        measured = [
+            entry for entry in results["lengths"] if entry["multiple"] == multiple and entry.get("pool") == pool
+        ]
+        if any(entry["samples"] >= wanted for entry in measured):
             continue
         if model is None:
             model = load_model(folder / "model").to(device)  # type: ignore[arg-type]
         length = multiple * task.max_length
         entry = measure(model, task, length, wanted, tokens_at_once=tokens_at_once, minutes=minutes)
+        if pool is not None:
+            entry["pool"] = pool
         others = [other for other in results["lengths"] if other["multiple"] != multiple]
         results["lengths"] = sorted([*others, {"multiple": multiple, **entry}], key=lambda item: item["multiple"])
         write_json(results_file, results)
         law = f", e = {entry['e']:.2g}" if "e" in entry else ""
         tqdm.write(
             f"{folder.parent.name} {folder.name} at {multiple}x: {100 * entry['exact_match']:.1f}% of "
-            f"{entry['samples']} exact{law}, {entry['seconds']:.1f} s"
+            f"{entry['samples']} exact{law}, {entry['seconds']:.1f} s{fewer_pairs(task, length)}"
         )
     return results
 
@@ -107,6 +129,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="at most for one length of one model")
     parser.add_argument(
         "--tokens-at-once", type=int, default=1 << 17, help="source tokens in a batch (default: 131072)"
+    )
+    parser.add_argument(
+        "--pool", type=int, help="MQMTAR: keys, and values, to draw from, where a length takes more than in training"
     )
     parser.add_argument("--device", type=torch.device, default=default_device(), help="default: a GPU if there is one")
     parsed = parser.parse_args(arguments)
@@ -128,6 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
             long_samples=parsed.long_samples,
             minutes=parsed.minutes,
             tokens_at_once=parsed.tokens_at_once,
+            pool=parsed.pool,
         )
 
 

@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 from statistics import fmean, variance
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
@@ -28,7 +28,7 @@ from transformers import DynamicCache, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.common import default_device, length_axes, markdown_table, results_header, save_figure, write_json
-from recipes.synthetic.evaluate import run_folders, task_of
+from recipes.synthetic.evaluate import fewer_pairs, run_folders, task_of
 from recipes.synthetic.measuring import autocast, fixed_batches, set_matmul_precision, wilson_interval
 from recipes.synthetic.models import load_model
 from recipes.synthetic.report import times_million
@@ -183,6 +183,7 @@ def figure(runs: dict[str, Any], file: Path) -> None:
         above = [entry["e_interval"][1] for entry in none]
         label = None if found else name
         axes.plot([entry["length"] for entry in none], above, linestyle="", marker="v", color=color, label=label)
+    axes.plot([], [], linestyle="", marker="v", color="gray", label="no query wrong: the interval's upper end")
     axes.set(yscale="log", ylabel="e = wrong queries / queries / pairs", title="MQMTAR's query-error law")
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     drawing.set_figwidth(10.5)
@@ -199,6 +200,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--tokens-at-once", type=int, default=1 << 20, help="with keys and values in memory (default: 1,048,576)"
     )
+    parser.add_argument(
+        "--pool", type=int, help="keys, and values, to draw from, where a length takes more than in training"
+    )
     parser.add_argument("--device", type=torch.device, default=default_device(), help="default: a GPU if there is one")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"), help="results are added")
     parser.add_argument("--report", action="store_true", help="only remake table and figure")
@@ -211,9 +215,9 @@ def main(arguments: list[str] | None = None) -> None:
     models: list[tuple[Path, dict[str, Any], Mqmtar]] = []
     for folder in [] if parsed.report else folders:
         run = json.loads((folder / "run.json").read_text())
-        task = task_of(run)
-        if not isinstance(task, Mqmtar):
-            parser.error(f"{folder} was trained on {task.name}; the law is of MQMTAR's queries")
+        if run["task"] != Mqmtar.name:
+            parser.error(f"{folder} was trained on {run['task']}; the law is of MQMTAR's queries")
+        task = cast(Mqmtar, task_of(run, parsed.pool))
         models.append((folder, run, task))
     for folder, run, task in tqdm(models, unit="model", disable=not models):
         if run.get("given_up"):
@@ -233,6 +237,8 @@ def main(arguments: list[str] | None = None) -> None:
                 tokens_at_once=parsed.tokens_at_once,
                 minutes=parsed.minutes,
             )
+            if parsed.pool is not None:
+                entry["pool"] = parsed.pool
             lengths.append({"multiple": multiple, **entry})
             runs[name] = {"header": header, "train_length": task.max_length, "run": run["header"], "lengths": lengths}
             write_json(parsed.output, {"runs": runs})
@@ -240,6 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
             tqdm.write(
                 f"{name} at {multiple}x: {entry['queries_wrong']} of {entry['queries']:,} queries wrong, "
                 f"e = {entry['e']:.2g} [{low:.2g}, {high:.2g}], {entry['seconds']:.1f} s"
+                f"{fewer_pairs(task, multiple * task.max_length)}"
             )
     if not runs:
         parser.error("nothing to report: every run was given up")

@@ -7,9 +7,13 @@
 # On the paper's distribution the first run has half the learning rate and the batch, and the second chooses hard samples
 # by their loss, weighs what is hard in them and sees them again.
 #
+# One first run in eleven learned a lookup that the second did not mend. So a first run whose validation's e (wrong queries /
+# queries / pairs, at 64x) is above GOOD (5e-5), or that stays on the plateau, is followed by another, of the seed 100
+# further, until there were TRIES (3); where none is good, the best one goes on. Methods that never are good get as many.
+#
 # METHOD is the attention (default asentmax), MINUTES (3.2) and MORE_MINUTES (own 1.2, paper 6.6) are the training times,
 # RUNS the folder, FLAGS go to both runs, MORE_FLAGS to the second alone, EVALUATE_FLAGS to its test; with FIRST_ONLY=1
-# the first run is all (ablations.py). A run that stays on the plateau is given up: try another seed.
+# one first run is all (ablations.py).
 set -euo pipefail
 if [[ ${1:---help} == --help ]]; then
     sed -n '2,/^set/{/^#/s/^# \?//p}' "$0"
@@ -20,7 +24,7 @@ if (($# > 2)); then
     exit 2
 fi
 method=${METHOD:-asentmax} distribution=$1 seed=${2:-0} out=${RUNS:-runs/synthetic}
-common=(--task mqmtar --method "$method" --out "$out" --seeds "$seed" --steps 0 --corrupt 0.5 --jitter 0.4
+common=(--task mqmtar --method "$method" --out "$out" --steps 0 --corrupt 0.5 --jitter 0.4
     --key-noise 0.3 --compile --validations 1 --validate-samples 2000)
 case $distribution in
 own)
@@ -39,16 +43,40 @@ paper)
     exit 2
     ;;
 esac
-train=recipes/synthetic/train.py name=mqmtar-$method-nape-$distribution
-# shellcheck disable=SC2086  # FLAGS are several words
-"${PYTHON:-python3}" "$train" "${common[@]}" "${first[@]}" --name "$distribution-first" --ease-in 1500 --decay 0.25 \
-    --minutes "${MINUTES:-3.2}" --give-up 3000000 ${FLAGS:-}
-if [[ -n ${FIRST_ONLY:-} ]]; then
-    exit
+python=${PYTHON:-python3} train=recipes/synthetic/train.py name=mqmtar-$method-nape-$distribution
+
+e_of() { # of a first run's last validation; inf where it was given up
+    "$python" -c 'import json, sys
+run = json.load(open(sys.argv[1]))
+print("inf" if run["given_up"] else run["validations"][-1]["e"])' "$out/$name-first/seed$1/run.json"
+}
+below() { "$python" -c 'import sys; sys.exit(not float(sys.argv[1]) < float(sys.argv[2]))' "$1" "$2"; }
+
+best=none best_e=inf
+for ((try = 0; try < ${TRIES:-3}; try++)); do
+    from=$((seed + 100 * try))
+    # shellcheck disable=SC2086  # FLAGS are several words
+    "$python" "$train" "${common[@]}" --seeds "$from" "${first[@]}" --name "$distribution-first" --ease-in 1500 \
+        --decay 0.25 --minutes "${MINUTES:-3.2}" --give-up 3000000 ${FLAGS:-}
+    if [[ -n ${FIRST_ONLY:-} ]]; then
+        exit
+    fi
+    e=$(e_of "$from")
+    echo "first run of seed $from: e = $e (good: below ${GOOD:-5e-5})"
+    if below "$e" "$best_e"; then
+        best=$from best_e=$e
+    fi
+    if below "$e" "${GOOD:-5e-5}"; then
+        break
+    fi
+done
+if [[ $best == none ]]; then
+    echo "no first run of seed $seed left the plateau (tries: ${TRIES:-3}); take another seed, or a lower --lr in FLAGS" >&2
+    exit 1
 fi
 # shellcheck disable=SC2086
-"${PYTHON:-python3}" "$train" "${common[@]}" --name "$distribution" --ease-in 300 --warmup 100 --decay 1 --head-drop 0.75 "${second[@]}" \
-    --start-from "$out/$name-first/seed$seed" --minutes "${MORE_MINUTES:-$more_minutes}" ${FLAGS:-} \
+"$python" "$train" "${common[@]}" --seeds "$seed" --name "$distribution" --ease-in 300 --warmup 100 --decay 1 \
+    --head-drop 0.75 "${second[@]}" --start-from "$out/$name-first/seed$best" --minutes "${MORE_MINUTES:-$more_minutes}" ${FLAGS:-} \
     ${MORE_FLAGS:-}
 # shellcheck disable=SC2086
-"${PYTHON:-python3}" recipes/synthetic/evaluate.py "$out/$name" ${EVALUATE_FLAGS:-}
+"$python" recipes/synthetic/evaluate.py "$out/$name" ${EVALUATE_FLAGS:-}

@@ -207,12 +207,18 @@ def _accuracy_table(task: str, members: list[Group]) -> str:
         if len(runs) > 1:
             for result in group.results:
                 at = {entry["multiple"]: f"{100 * entry['exact_match']:.1f}" for entry in result["lengths"]}
-                rows.append([f"seed {result['run']['seed']}", "", "", "", "", *(at.get(m, "") for m in multiples)])
+                rows.append([_seed(result["run"]), "", "", "", "", *(at.get(m, "") for m in multiples)])
     for method, sources in published.items():
         for source, values in sources.items():
             cells = [f"{method}, {source}", "", "", "", ""]
             rows.append([*cells, *(str(values.get(str(multiple), "")) for multiple in multiples)])
     return markdown_table(header, rows) + "\n"
+
+
+def _seed(run: dict[str, Any]) -> str:
+    """A run's seed, and that of the run whose weights it began with where that is another (see mqmtar.sh)."""
+    own, first = run["seed"], (run.get("started_from") or run)["seed"]
+    return f"seed {own}" if own == first else f"seed {own} (first run: seed {first})"
 
 
 def _with_interval(pooled: tuple[float, float, float] | None) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from reference import assert_close
+from reference import assert_close, relative_error
 from tiny_models import perturb_scalings, random_ids, tiny_model
 
 pytestmark = [
@@ -135,20 +135,16 @@ def test_gradients_of_compiled_training(scaling: str, length: int, dtype: torch.
     attention_mask = torch.ones_like(ids, dtype=torch.bool)
     attention_mask[0, :7] = False
 
-    def gradients(run: Any) -> list[torch.Tensor]:
+    def gradients(run: Any, dtype: torch.dtype) -> list[torch.Tensor]:
         with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
             logits = run(ids, attention_mask=attention_mask, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         return list(torch.autograd.grad(loss, list(model.parameters())))
 
-    tolerance = 1e-3 if dtype == torch.float32 else 0.1
-    if dtype == torch.bfloat16 and (scaling, length) == ("asentmax", 333):
-        # Both round, each in its own way, and these scores are large: embeddings 13% apart on an H100, where float32
-        # has less than 0.1%. What was wrong was so by orders of magnitude.
-        tolerance = 0.3
-    plain = gradients(model)
+    exact, plain = gradients(model, torch.float32), gradients(model, dtype)
     torch._dynamo.reset()
     compiled = torch.compile(model, dynamic=False)
-    for actual in (gradients(compiled), gradients(compiled)):
-        for (name, _), one, other in zip(model.named_parameters(), actual, plain, strict=True):
-            assert_close(name, one, other, tolerance)
+    for actual in (gradients(compiled, dtype), gradients(compiled, dtype)):
+        for (name, _), one, other, right in zip(model.named_parameters(), actual, plain, exact, strict=True):
+            # bfloat16 rounds, in other places once compiled, and these scores are large: as near to float32 as without.
+            assert_close(name, one, right, 1e-3 if dtype == torch.float32 else 0.02 + 2 * relative_error(other, right))

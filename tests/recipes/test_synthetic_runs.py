@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -744,6 +745,15 @@ def test_train_evaluate_report(
     assert content["run"]["samples"] == 8 and content["run"]["header"]["versions"]["torch"] == torch.__version__
     assert {"e", "e_interval", "interval", "pairs"} <= set(content["lengths"][0])
 
+    only = [str(runs / "mqmtar-softmax-nape-near"), "--multiples", "1", *test]
+    evaluate.main([*only, "--pool", "400"])
+    evaluate.main([*only, "--pool", "400"])
+    assert capsys.readouterr().out.count(" at 1x") == 1, "measured again with another pool, but not with the same one"
+    (entry,) = json.loads((results / "mqmtar-softmax-nape-near-seed0.json").read_text())["lengths"][:1]
+    assert entry["pool"] == 400
+    with pytest.raises(ValueError, match="--pool is for MQMTAR's keys and values; this run learnt copy"):
+        evaluate.main([str(runs / "copy-asentmax-rope"), "--pool", "400", *test])
+
     report.main(["--results", str(results)])
     text = (results / "report.md").read_text()
     assert text.index("mqmtar, trained on the paper's") < text.index("mqmtar, trained on a distribution of our own")
@@ -754,6 +764,18 @@ def test_train_evaluate_report(
         and "| asentmax, paper |" in text
     )
     assert (results / "mqmtar-paper.png").stat().st_size > 1000 and (results / "mqmtar-own.png").exists()
+
+
+def test_a_pool_with_too_few_pairs_is_said() -> None:
+    task = Mqmtar(pool=20)
+    assert evaluate.fewer_pairs(task, 64) == ""
+    remark = " (20 pairs, all of its pool, where 34 fit; --pool gives more, 65,536 at most)"
+    assert evaluate.fewer_pairs(task, 256) == remark
+    assert (
+        evaluate.fewer_pairs(replace(task, pool=65_536), 1 << 20)
+        == " (65,536 pairs, all of its pool, where 139,810 fit)"
+    )
+    assert evaluate.fewer_pairs(TASKS["copy"](), 256) == ""
 
 
 def test_a_run_begins_with_another_s_weights(tmp_path: Path) -> None:
@@ -800,6 +822,8 @@ def test_mqmtar_in_two_runs(distribution: str, tmp_path: Path) -> None:
         "RUNS": str(tmp_path / "runs"),
         "FLAGS": f"{flags} --plateau 100 --log-every 1",
         "EVALUATE_FLAGS": f"--multiples 1 --samples 4 --results {results}",
+        "TRIES": "2",
+        "GOOD": "5e-5" if distribution == "paper" else "2",
     }
     script = Path(train.__file__).with_name("mqmtar.sh")
     root = script.parents[2]
@@ -808,11 +832,18 @@ def test_mqmtar_in_two_runs(distribution: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads((results / f"mqmtar-asentmax-nape-{distribution}-seed0.json").read_text())
     assert result["run"]["track"] == distribution and result["run"]["started_from"]["samples"] > 0
+    found = re.findall(r"first run of seed (\d+): e = (\S+) \(good: below", done.stdout)
+    errors = {int(seed): float(e) for seed, e in found}
+    assert set(errors) == ({0, 100} if distribution == "paper" else {0}), "e is 1 at most, and not below 5e-5 so soon"
+    assert result["run"]["started_from"]["seed"] == min(errors, key=errors.__getitem__)
     assert result["run"]["settings"]["head_drop"] == 0.75
     assert result["run"]["settings"]["hard_candidates"] == (4 if distribution == "paper" else 1)
     assert result["run"]["task_settings"]["swapped"] == (0.2 if distribution == "own" else 0.0)
     shown = run(["bash", script, "--help"]).stdout
     assert shown.startswith("MQMTAR in two runs") and "MORE_MINUTES" in shown and "set -" not in shown
+    never = {**environment, "RUNS": str(tmp_path / "never"), "FLAGS": f"{flags} --give-up 8 --plateau 0", "TRIES": "1"}
+    done = run(["bash", script, distribution, "0"], env=never)
+    assert done.returncode == 1 and "no first run of seed 0 left the plateau (tries: 1)" in done.stderr
     refused = run(["bash", script, "mine"])
     assert refused.returncode == 2 and "expected own or paper, got mine" in refused.stderr
     refused = run(["bash", script, distribution, "0", "1"])

@@ -82,9 +82,13 @@ class Mqmtar(Task):
     def data_tokens(self) -> int:
         return self.FIRST_LETTER + self.LETTERS
 
+    def fitting(self, length: int) -> int:
+        """How many pairs a source has room for."""
+        return int(length * self.filled // 6)
+
     def pairs(self, length: int) -> int:
-        """How many pairs a source holds."""
-        return min(int(length * self.filled // 6), self.pool)
+        """How many pairs a source holds: no more than the pool has."""
+        return min(self.fitting(length), self.pool)
 
     def distractors(self, length: int) -> int:
         return self.pairs(length)
