@@ -320,7 +320,7 @@ def synthetic(*contents: dict[str, Any]) -> str:
             "paper's data). The other attentions had the same two runs as ASEntmax, one seed and its learning rates, "
             "but softmax on the paper's data the best of three learning rates in its first run and four fifths of it "
             "in the second. Adaptive temperature, which works outside of training only, has softmax's weights, and was "
-            "tested on fewer samples from 64x on. Intervals, samples of each length, figures and what else was tried: "
+            "tested on fewer samples from 64x on. Intervals, figures and what else was tried: "
             "[recipes/synthetic](recipes/synthetic/README.md); model cards: [own](model_cards/mqmtar-own.md), "
             "[paper](model_cards/mqmtar-paper.md).",
             *origins,

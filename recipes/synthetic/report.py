@@ -97,18 +97,41 @@ def in_all(run: dict[str, Any], what: str) -> float:
     return run[what] + (run.get("started_from") or {what: 0})[what]
 
 
-def _changed(run: dict[str, Any], task: str | None = None) -> str:
-    """The settings that differ from their defaults, of the runs that it began with first."""
+def _stages(run: dict[str, Any], task: str | None = None) -> list[dict[str, Any]]:
+    """A run's settings that differ from their defaults, and its minutes, after those of the runs that it began with."""
     task = task or run["task"]
-    parts = []
-    if run.get("started_from"):
-        parts.append(f"[{_changed(run['started_from'], task)}], then")
+    own = {"minutes": run["settings"]["minutes"]}
     for settings_class, values in ((RunSettings, run["settings"]), (TASKS[task], run["task_settings"])):
         for item in fields(settings_class):
             value = values.get(item.name, item.default)
             if item.name not in _UNNAMED and value != item.default:
-                parts.append(f"{item.name.replace('_', ' ')} {value}")
-    return ", ".join(parts)
+                own[item.name.replace("_", " ")] = value
+    return [*(_stages(run["started_from"], task) if run.get("started_from") else []), own]
+
+
+def _changed(run: dict[str, Any]) -> str:
+    """The settings that differ from their defaults, in words."""
+    text = ""
+    for stage in _stages(run):
+        parts = [f"{name} {value}" for name, value in stage.items() if name != "minutes"]  # the tables have them
+        text = ", ".join(([f"[{text}], then"] if text else []) + parts)
+    return text
+
+
+def _compared(group: Group, base: Group) -> str:
+    """What differs in a group's settings from another's, run by run; all of them where these are fewer or more runs."""
+    mine, its = (_stages(g.results[0]["run"]) for g in (group, base))
+    if len(mine) != len(its):
+        return group.changed
+    items = (*fields(RunSettings), *fields(TASKS[group.task]))
+    defaults = {item.name.replace("_", " "): item.default for item in items}
+    runs = []
+    for number, (one, other) in enumerate(zip(mine, its, strict=True)):
+        parts = [f"{name} {value}" for name, value in one.items() if other.get(name) != value]
+        parts += [f"{name} {defaults[name]}" for name in other if name not in one]
+        which = f"run {number + 1}: " if len(mine) > 1 else ""
+        runs += [which + ", ".join(parts)] if parts else []
+    return "; ".join(runs)
 
 
 def grouped(results: list[dict[str, Any]]) -> list[Group]:
@@ -180,11 +203,23 @@ def markdown(groups: list[Group]) -> str:
             parts.append("The query-error law: e = wrong queries / queries / pairs, over all seeds, x 1e-6.\n")
             parts.append(_law_table(members))
         parts.extend(f"† {text}\n" for text in caveats(members, "../README.md"))
-        settings = [f"- {name}: {g.changed}" for name, g in zip(names(members), members, strict=True) if g.changed]
-        if settings:
-            parts.append("Settings that are not the defaults:\n\n" + "\n".join(settings) + "\n")
+        parts.append(_settings(members))
     sources = "\n".join(f"- {name}: {text}" for name, text in PUBLISHED["sources"].items())
     return "# Synthetic tasks\n\n" + "\n".join(parts) + f"\nPublished rows:\n{sources}\n"
+
+
+def _settings(members: list[Group]) -> str:
+    """What the groups of a table were trained with: the best of the main method in full, the others next to it."""
+    named = list(zip(names(members), members, strict=True))
+    base = best([group for group in members if group.method == "asentmax"] or members)
+    base_name = next(name for name, group in named if group is base)
+    lines = [f"- {base_name}: {base.changed}"] if base.changed else []
+    for name, group in named:
+        if group is not base and group.changed:
+            parts = [f"as {base_name}"] if base.changed else []
+            parts += [compared] if (compared := _compared(group, base)) else []
+            lines.append(f"- {name}: {', but '.join(parts)}")
+    return "Settings that are not the defaults:\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _accuracy_table(task: str, members: list[Group]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import re
@@ -798,6 +799,12 @@ def test_a_run_begins_with_another_s_weights(tmp_path: Path) -> None:
     (group,) = report.grouped([result])
     assert group.changed.index("near misses 0.5") < group.changed.index("], then")
     assert "0.0" in report.markdown([group])
+    hotter = copy.deepcopy(result)
+    hotter["run"]["settings"] |= {"minutes": 2.0, "warmup": 7}
+    hotter["run"]["started_from"]["settings"]["head_drop"] = 0.5
+    text = report.markdown(report.grouped([result, hotter]))
+    assert text.count("near misses 0.5") == 1, "one row's settings in full, the other's next to them"
+    assert "as asentmax + nape (a), but run 1: head drop 0.0; run 2: minutes 0.0, warmup 500" in text
     with pytest.raises(FileNotFoundError, match="start-from takes the folder of a finished seed"):
         Trainer(task, replace(settings, start_from=str(tmp_path)), 0, tmp_path / "third", CPU)
     with pytest.raises(ValueError, match="was trained on mqmtar, this run is to learn copy"):
