@@ -61,6 +61,9 @@ for ((try = 0; try < ${TRIES:-3}; try++)); do
     if [[ -n ${FIRST_ONLY:-} ]]; then
         exit
     fi
+    if [[ ! -f $out/$name-first/seed$from/run.json ]]; then
+        exit # by --stop-after in FLAGS; the same command goes on from there
+    fi
     e=$(e_of "$from")
     echo "first run of seed $from: e = $e (good: below ${GOOD:-5e-5})"
     if below "$e" "$best_e"; then

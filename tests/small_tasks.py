@@ -1,0 +1,33 @@
+"""The synthetic tasks and their runs at sizes that a CPU trains in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from recipes.synthetic.settings import RunSettings
+from recipes.synthetic.tasks import TASKS, Mqmtar, Task
+from recipes.synthetic.trainer import Trainer
+
+SIZES = {"layers": 2, "hidden": 16, "heads": 4, "head_dim": 8, "ffn": 32}
+SIZE_FLAGS = [text for name, value in SIZES.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+SMALL = Mqmtar(**SIZES)  # type: ignore[arg-type]
+CPU = torch.device("cpu")
+
+
+def positions_for(method: str) -> str:
+    return "nope" if method == "stick_breaking" else "nape"
+
+
+def small(name: str) -> Task:
+    sizes = {"hidden": 16, "ffn": 16} if name == "max_retrieval" else SIZES
+    return TASKS[name](**sizes)  # type: ignore[arg-type]
+
+
+def trained(folder: Path, task: Task, settings: RunSettings, stops: bool = False) -> Trainer:
+    """A finished run; with `stops` every step is made by a new process's trainer."""
+    while True:
+        trainer = Trainer(task, settings, 3, folder / "seed3", CPU)
+        if trainer.run(0.0 if stops else float("inf")):
+            return trainer
