@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
+from recipes.synthetic.models import build_model
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import TASKS, Mqmtar, Task
 from recipes.synthetic.trainer import Trainer
@@ -18,6 +21,15 @@ CPU = torch.device("cpu")
 
 def positions_for(method: str) -> str:
     return "nope" if method == "stick_breaking" else "nape"
+
+
+def decided(method: str) -> PreTrainedModel:
+    """A float64 model of `SMALL` whose outputs are far from uniform."""
+    torch.manual_seed(0)
+    model = build_model(SMALL, method, positions_for(method)).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3) if parameter.ndim == 2 else None
+    return model
 
 
 def small(name: str) -> Task:

@@ -29,7 +29,7 @@ from recipes.synthetic.measuring import measure, set_matmul_precision
 from recipes.synthetic.models import load_model
 from recipes.synthetic.tasks import TASKS, Mqmtar, Task
 
-__all__ = ["evaluate_run", "fewer_pairs", "main", "run_folders", "task_of"]
+__all__ = ["add_measuring_flags", "evaluate_run", "fewer_pairs", "main", "run_folders", "task_of"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -56,6 +56,18 @@ def fewer_pairs(task: Task, length: int) -> str:
 def run_folders(roots: Iterable[Path]) -> list[Path]:
     """The folders of seeds at or below `roots` whose run has ended, given up or not, in order."""
     return sorted({file.parent for root in roots for file in root.rglob("run.json")})
+
+
+def add_measuring_flags(parser: argparse.ArgumentParser, tokens_at_once: int, tokens: str) -> None:
+    """--minutes, --tokens-at-once (its default, and what they are), --pool and --device, for what measures models."""
+    parser.add_argument("--minutes", type=float, default=math.inf, help="at most for one length of one model")
+    parser.add_argument(
+        "--tokens-at-once", type=int, default=tokens_at_once, help=f"{tokens} (default: {tokens_at_once:,})"
+    )
+    parser.add_argument(
+        "--pool", type=int, help="MQMTAR: keys, and values, to draw from, where a length takes more than in training"
+    )
+    parser.add_argument("--device", type=torch.device, default=default_device(), help="default: a GPU if there is one")
 
 
 def evaluate_run(
@@ -126,22 +138,18 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--samples", type=int, default=1000, help="samples of each length up to 64x (default: 1000)")
     parser.add_argument("--long-samples", type=int, default=200, help="samples of each longer one (default: 200)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="at most for one length of one model")
-    parser.add_argument(
-        "--tokens-at-once", type=int, default=1 << 17, help="source tokens in a batch (default: 131072)"
-    )
-    parser.add_argument(
-        "--pool", type=int, help="MQMTAR: keys, and values, to draw from, where a length takes more than in training"
-    )
-    parser.add_argument("--device", type=torch.device, default=default_device(), help="default: a GPU if there is one")
+    add_measuring_flags(parser, 1 << 17, "source tokens in a batch")
     parsed = parser.parse_args(arguments)
 
     logging.disable_progress_bar()
     folders = run_folders(parsed.runs)
     if not folders:
         parser.error(f"no finished run below {', '.join(map(str, parsed.runs))}")
-    for folder in tqdm(folders, unit="model"):
-        if json.loads((folder / "run.json").read_text()).get("given_up"):
+    runs = {folder: json.loads((folder / "run.json").read_text()) for folder in folders}
+    for run in runs.values():
+        task_of(run, parsed.pool)  # what it refuses is refused before anything is measured
+    for folder, run in tqdm(runs.items(), unit="model"):
+        if run.get("given_up"):
             tqdm.write(f"{folder} was given up before it left the plateau: there is no model to test")
             continue
         evaluate_run(

@@ -27,8 +27,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.common import default_device, length_axes, markdown_table, results_header, save_figure, write_json
-from recipes.synthetic.evaluate import fewer_pairs, run_folders, task_of
+from recipes.common import length_axes, markdown_table, results_header, save_figure, write_json
+from recipes.synthetic.evaluate import add_measuring_flags, fewer_pairs, run_folders, task_of
 from recipes.synthetic.measuring import autocast, fixed_batches, set_matmul_precision, wilson_interval
 from recipes.synthetic.models import load_model
 from recipes.synthetic.report import times_million
@@ -196,14 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="*", help="folders of runs")
     parser.add_argument("--multiples", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024], help="lengths to ask at")
     parser.add_argument("--queries", type=int, default=16_000, help="at each length, at least (default: 16,000)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="at most for one length of one model")
-    parser.add_argument(
-        "--tokens-at-once", type=int, default=1 << 20, help="with keys and values in memory (default: 1,048,576)"
-    )
-    parser.add_argument(
-        "--pool", type=int, help="keys, and values, to draw from, where a length takes more than in training"
-    )
-    parser.add_argument("--device", type=torch.device, default=default_device(), help="default: a GPU if there is one")
+    add_measuring_flags(parser, 1 << 20, "with keys and values in memory")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"), help="results are added")
     parser.add_argument("--report", action="store_true", help="only remake table and figure")
     parsed = parser.parse_args(arguments)

@@ -7,9 +7,10 @@
 # On the paper's distribution the first run has half the learning rate and the batch, and the second chooses hard samples
 # by their loss, weighs what is hard in them and sees them again.
 #
-# One first run in eleven learned a lookup that the second did not mend. So a first run whose validation's e (wrong queries /
-# queries / pairs, at 64x) is above GOOD (5e-5), or that stays on the plateau, is followed by another, of the seed 100
-# further, until there were TRIES (3); where none is good, the best one goes on. Methods that never are good get as many.
+# One first run in eleven learned a lookup that the second did not mend. So a first run whose validation's e (wrong
+# queries / queries / pairs, at 64x) is above GOOD (5e-5), or that stays on the plateau, is followed by another, of the
+# seed 100 further, until there were TRIES (3); where none is good, the best one goes on. Methods that never are good
+# get as many.
 #
 # METHOD is the attention (default asentmax), MINUTES (3.2) and MORE_MINUTES (own 1.2, paper 6.6) are the training times,
 # RUNS the folder, FLAGS go to both runs, MORE_FLAGS to the second alone, EVALUATE_FLAGS to its test; with FIRST_ONLY=1
@@ -52,8 +53,12 @@ print("inf" if run["given_up"] else run["validations"][-1]["e"])' "$out/$name-fi
 }
 below() { "$python" -c 'import sys; sys.exit(not float(sys.argv[1]) < float(sys.argv[2]))' "$1" "$2"; }
 
-best=none best_e=inf
-for ((try = 0; try < ${TRIES:-3}; try++)); do
+good=${GOOD:-5e-5} tries=${TRIES:-3} best=none best_e=inf
+if ! below "$good" inf 2>/dev/null; then
+    echo "expected a number for GOOD, got $good" >&2
+    exit 2
+fi
+for ((try = 0; try < tries; try++)); do
     from=$((seed + 100 * try))
     # shellcheck disable=SC2086  # FLAGS are several words
     "$python" "$train" "${common[@]}" --seeds "$from" "${first[@]}" --name "$distribution-first" --ease-in 1500 \
@@ -65,16 +70,16 @@ for ((try = 0; try < ${TRIES:-3}; try++)); do
         exit # by --stop-after in FLAGS; the same command goes on from there
     fi
     e=$(e_of "$from")
-    echo "first run of seed $from: e = $e (good: below ${GOOD:-5e-5})"
+    echo "first run of seed $from: e = $e (good: below $good)"
     if below "$e" "$best_e"; then
         best=$from best_e=$e
     fi
-    if below "$e" "${GOOD:-5e-5}"; then
+    if below "$e" "$good"; then
         break
     fi
 done
 if [[ $best == none ]]; then
-    echo "no first run of seed $seed left the plateau (tries: ${TRIES:-3}); take another seed, or a lower --lr in FLAGS" >&2
+    echo "no first run of seed $seed left the plateau (tries: $tries); take another seed, or a lower --lr in FLAGS" >&2
     exit 1
 fi
 # shellcheck disable=SC2086

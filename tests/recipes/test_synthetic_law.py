@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from recipes.synthetic import law, mistakes, train
 from recipes.synthetic.measuring import wilson_interval
-from recipes.synthetic.models import METHODS, build_model
+from recipes.synthetic.models import METHODS
 from recipes.synthetic.tasks import Batch, Mqmtar
 
-from small_tasks import SIZE_FLAGS, SMALL, positions_for
+from small_tasks import SIZE_FLAGS, SMALL, decided
 
 
 def test_wrong_answers_are_given_to_keys() -> None:
@@ -62,10 +61,7 @@ def test_the_law_asks_for_every_key_as_a_test_does() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_law_sees_what_one_pass_sees(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for are the values that one pass over context, queries and answers gives, every third one altered."""
-    torch.manual_seed(0)
-    model = build_model(SMALL, method, positions_for(method)).double().eval()
-    for parameter in model.parameters():  # far from uniform outputs
-        nn.init.normal_(parameter, std=0.3) if parameter.ndim == 2 else None
+    model = decided(method)
     questions = law.questions
 
     def altered(task: Mqmtar, contexts: Batch, generator: torch.Generator) -> tuple[torch.Tensor, ...]:

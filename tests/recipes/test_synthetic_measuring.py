@@ -7,23 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from recipes.synthetic import evaluate, measuring
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, outputs_at
 from recipes.synthetic.stick_breaking import stick_breaking_attention
 
-from small_tasks import SMALL, positions_for, small
+from small_tasks import SMALL, decided, small
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_teacher_forced_accuracy_is_that_of_generation(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers are what the model generates, changed in one token in half of the samples; both must see the same."""
-    torch.manual_seed(0)
-    model = build_model(SMALL, method, positions_for(method)).double().eval()
-    for parameter in model.parameters():  # far from uniform outputs
-        nn.init.normal_(parameter, std=0.3) if parameter.ndim == 2 else None
+    model = decided(method)
     model.generation_config.eos_token_id = None
     batch = SMALL.test_batch(8, 64, torch.Generator().manual_seed(0))
     targets = batch.labels.shape[1]

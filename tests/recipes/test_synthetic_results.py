@@ -157,6 +157,8 @@ def test_mqmtar_in_two_runs(distribution: str, tmp_path: Path) -> None:
     assert done.returncode == 1 and "no first run of seed 0 left the plateau (tries: 1)" in done.stderr
     refused = run(["bash", script, "mine"])
     assert refused.returncode == 2 and "expected own or paper, got mine" in refused.stderr
+    refused = run(["bash", script, distribution, "0"], env={**environment, "GOOD": "little"})
+    assert refused.returncode == 2 and "expected a number for GOOD, got little" in refused.stderr
     refused = run(["bash", script, distribution, "0", "1"])
     assert refused.returncode == 2 and f"expected a distribution and one seed, got {distribution} 0 1" in refused.stderr
 
