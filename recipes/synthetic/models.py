@@ -124,10 +124,22 @@ def _prepared(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def outputs_at(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """(batch, targets, vocabulary): the model's outputs where the batch is scored."""
+def outputs_at(model: nn.Module, batch: Batch, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """(batch, targets, vocabulary): the model's outputs where the batch is scored.
+
+    Args:
+        mask: (1, heads, length, length) bool, what each head's tokens see; None for all before them and themselves.
+
+    Raises:
+        ValueError: a mask for a task of items, whose model takes none.
+    """
     if batch.inputs.is_floating_point():
+        if mask is not None:
+            raise ValueError("a model of items (max_retrieval) takes no mask; leave out alibi-window")
         return model(batch.inputs, batch.scored_at)
-    # A mask of ones: without one, a compiled transformers looks for packed sequences and builds a square mask
-    mask = torch.ones_like(batch.inputs, dtype=torch.bool)
+    if mask is None:
+        # A mask of ones: without one, a compiled transformers looks for packed sequences and builds a square mask
+        mask = torch.ones_like(batch.inputs, dtype=torch.bool)
+    else:
+        mask = mask.expand(len(batch.inputs), -1, -1, -1)
     return model(input_ids=batch.inputs, attention_mask=mask, logits_to_keep=batch.scored_at, use_cache=False).logits

@@ -1,4 +1,4 @@
-"""What is done in training only: corrupted answers, changed scores, heads left out."""
+"""What is done in training only: corrupted answers, changed scores, heads left out, a window for ALiBi."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from recipes.synthetic.tasks import Batch, Task
 
-__all__ = ["HeadDrop", "ScoreJitter", "corrupted_answers"]
+__all__ = ["AlibiWindow", "HeadDrop", "ScoreJitter", "corrupted_answers"]
 
 
 def corrupted_answers(batch: Batch, task: Task, probability: float, generator: torch.Generator) -> Batch:
@@ -175,3 +175,46 @@ class HeadDrop:
         if not projection.training or self._factors is None:
             return None
         return ((inputs[0] * self._factors[layer]).to(inputs[0].dtype),)
+
+
+class AlibiWindow:
+    """Heads with ALiBi see only the last tokens, in half of the training batches: no lookup may lean on them.
+
+    Slopes of 1/8 and more still let a head with ALiBi find a key among a sample's 64 tokens, and no loss at that length
+    tells such a lookup from one by heads without ALiBi. Among thousands of tokens ALiBi hides the right key, and what
+    such a head then says of the keys nearby is a vote for a wrong one. The other half of the batches keeps what is
+    tested: ALiBi on all tokens.
+
+    Args:
+        window: how many tokens, a token itself counted; 0 for none of this.
+        heads: of a layer.
+        alibi_heads: how many of them, from the first, have ALiBi.
+        device: of the masks.
+    """
+
+    def __init__(self, window: int, heads: int, alibi_heads: int, device: torch.device) -> None:
+        self.window, self._heads, self._alibi_heads, self._device = window, heads, alibi_heads, device
+        self._narrow = False
+        self._masks: dict[tuple[int, bool], torch.Tensor] = {}
+
+    def draw(self, generator: torch.Generator, strength: float = 1.0) -> None:
+        """Whether the next batch has the window: with half of `strength`, from 0 to 1, as probability."""
+        if self.window > 0:
+            self._narrow = bool(torch.rand((), generator=generator) < strength / 2)
+
+    def mask(self, length: int) -> torch.Tensor | None:
+        """(1, heads, length, length) bool, what each head's tokens see, of one kind whether the window is on or not.
+
+        None where there is no window at all.
+        """
+        if self.window == 0:
+            return None
+        key = (length, self._narrow)
+        if key not in self._masks:
+            position = torch.arange(length, device=self._device)
+            back = position[:, None] - position
+            seen = (back >= 0).expand(self._heads, -1, -1).clone()
+            if self._narrow:
+                seen[: self._alibi_heads] &= back < self.window
+            self._masks[key] = seen[None]
+        return self._masks[key]

@@ -49,6 +49,9 @@ class RunSettings:
     head_drop: float = flag(
         0.0, "probability with which a head without ALiBi is left out, per sample and layer in training, all but one"
     )
+    alibi_window: int = flag(
+        0, "in half of the training batches, heads with ALiBi see only so many tokens, the last ones; 0: all, always"
+    )
     key_noise: float = flag(
         0.0, "normal noise on keys in training, as a share of their root mean square; where: --key-noise-heads"
     )
@@ -58,7 +61,8 @@ class RunSettings:
     )
     ease_in: int = flag(
         0,
-        "updates over which jitter, drops and key noise come in once the plateau is left; 0: on from the start",
+        "updates over which jitter, drops, key noise and ALiBi's window come in once the plateau is left; 0: on from "
+        "the start",
     )
     replay: float = flag(
         0.0, "share of a batch, once the plateau is left, of samples seen before: the hardest kept, by their last loss"
@@ -115,6 +119,13 @@ class RunSettings:
             raise ValueError(
                 f"{' and '.join(without_effect)} change heads without ALiBi, and positions alibi leave none: "
                 "leave them out, or take nape or nope"
+            )
+        if self.alibi_window < 0:
+            raise ValueError(f"alibi-window must be at least 1, or 0 for none, got {self.alibi_window}")
+        if self.alibi_window > 0 and self.positions not in ("alibi", "nape"):
+            raise ValueError(
+                f"alibi-window is for heads with ALiBi, and positions {self.positions} have none: leave it out, or "
+                "take nape or alibi"
             )
         if self.start_from and (self.projection_std or self.gamma_start):
             raise ValueError("projection-std and gamma-start set the weights at the start, which start-from gives")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import hf_asentmax
 from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
 from recipes.synthetic.models import build_model, load_model, outputs_at
-from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
+from recipes.synthetic.regularise import AlibiWindow, HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import IGNORED, Batch, Task
@@ -73,6 +73,7 @@ class Trainer:
             settings.jitter_law == "log",
         )
         self.heads = HeadDrop(self.model, settings.head_drop, alibi_heads)
+        self.window = AlibiWindow(settings.alibi_window, task.heads, alibi_heads, device)
         self.replay = HardReplay(settings.replay, settings.batch)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(
@@ -212,6 +213,7 @@ class Trainer:
             for model in {self.model, self.kept_model}:
                 hf_asentmax.set_alpha(model, alpha)
             self.alpha = alpha
+        self.window.draw(self.shapes, self._eased_in())  # before the batch: its hardness is judged with it
         batch, weights = self._next_batch(progress)
         self.jitter.draw(len(batch), batch.inputs.shape[1], self.data, self._eased_in(), self.noise_times)
         self.heads.draw(len(batch), self.data, self._eased_in())
@@ -282,7 +284,7 @@ class Trainer:
         """(samples, targets) losses without what training changes in the model at random, at jitter's smallest factor.
 
         With noise or with heads left out any sample may have a large loss, by chance; without, only those do that the
-        model gets wrong, or nearly.
+        model gets wrong, or nearly. ALiBi's window stays: what needs more than it is wrong.
         """
         size = self.settings.batch
         self.jitter.lowest(size, self.device)
@@ -293,7 +295,7 @@ class Trainer:
     def _losses(self, batch: Batch) -> torch.Tensor:
         """(batch, targets) losses, 0 where the label is IGNORED."""
         with autocast(self.task, self.device):
-            logits = outputs_at(self.forward, batch)
+            logits = outputs_at(self.forward, batch, self.window.mask(batch.inputs.shape[1]))
         return nn.functional.cross_entropy(logits.float().transpose(1, 2), batch.labels, reduction="none")
 
     def _write_log(self, bar: tqdm[Any]) -> None:

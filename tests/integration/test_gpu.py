@@ -125,7 +125,8 @@ def test_training_in_bf16_lowers_the_loss(compiled: bool) -> None:
     ("length", "dtype"),
     [(91, torch.float32), (91, torch.bfloat16), (333, torch.float32), (333, torch.bfloat16), (1100, torch.float32)],
 )
-def test_gradients_of_compiled_training(scaling: str, length: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("window", [False, True])
+def test_gradients_of_compiled_training(scaling: str, length: int, dtype: torch.dtype, window: bool) -> None:
     """torch.compile pads the strides of what has 1,024 elements a sample and more; see kernels/row_products.py."""
     flags = {"positions": "nape", "scaling": scaling}
     sizes = {"hidden_size": 512, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 32}
@@ -134,6 +135,11 @@ def test_gradients_of_compiled_training(scaling: str, length: int, dtype: torch.
     ids = random_ids(16, length).cuda()
     attention_mask = torch.ones_like(ids, dtype=torch.bool)
     attention_mask[0, :7] = False
+    if window:  # of the first eight heads, in a mask of its own for each head
+        back = torch.arange(length, device="cuda")[:, None] - torch.arange(length, device="cuda")
+        seen = (back >= 0).expand(16, -1, -1).clone()
+        seen[:8] &= back < 16
+        attention_mask = seen[None].expand(len(ids), -1, -1, -1)
 
     def gradients(run: Any, dtype: torch.dtype) -> list[torch.Tensor]:
         with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):

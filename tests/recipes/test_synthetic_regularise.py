@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
-from recipes.synthetic.regularise import HeadDrop, ScoreJitter, corrupted_answers
+from recipes.synthetic.regularise import AlibiWindow, HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.trainer import Trainer
 
@@ -192,3 +192,54 @@ def test_keys_without_alibi_get_noise_of_their_size() -> None:
     key = torch.randn(2, 9, SMALL.heads * SMALL.head_dim)
     noisy = everywhere._noisy(nn.Module().train(), (), key)
     assert noisy is not None and bool((noisy != key).all())
+
+
+def test_window_of_heads_with_alibi() -> None:
+    """Half of the batches: these heads see the last tokens only, and no others change."""
+    window = AlibiWindow(3, heads=4, alibi_heads=2, device=CPU)
+    generator = torch.Generator().manual_seed(0)
+    seen = []
+    for _ in range(1000):
+        window.draw(generator)
+        mask = window.mask(6)
+        assert mask is not None
+        seen.append(bool(mask[0, 0, 5, 0]))
+        assert torch.equal(mask[0, 2:], torch.ones(6, 6, dtype=torch.bool).tril().expand(2, -1, -1))
+    assert 450 < sum(seen) < 550
+    window.draw(generator, 0.0)
+    full = window.mask(6)
+    while window.mask(6) is full:
+        window.draw(generator)
+    narrow = window.mask(6)
+    assert narrow is not None and narrow.shape == (1, 4, 6, 6)
+    assert narrow[0, 0].int().tolist()[4] == [0, 0, 1, 1, 1, 0]
+    assert AlibiWindow(0, 4, 2, CPU).mask(6) is None
+
+
+@pytest.mark.parametrize("method", ["softmax", "asentmax"])
+def test_window_as_the_attention_takes_it(method: str) -> None:
+    """A full mask is as none, and a narrow one keeps far tokens out."""
+    torch.manual_seed(0)
+    model = build_model(SMALL, method, "nape").double().eval()
+    batch = SMALL.test_batch(3, 64, torch.Generator().manual_seed(0))
+    window = AlibiWindow(5, SMALL.heads, SMALL.heads, CPU)
+    length = batch.inputs.shape[1]
+    torch.testing.assert_close(outputs_at(model, batch, window.mask(length)), outputs_at(model, batch))
+    window._narrow = True
+    mask = window.mask(length)
+    assert mask is not None
+    narrow = outputs_at(model, batch, mask)
+    batch.inputs[:, 0] = SMALL.FIRST_LETTER  # further back than all layers' windows reach
+    torch.testing.assert_close(outputs_at(model, batch, mask), narrow)
+
+
+def test_window_needs_heads_with_alibi_and_tokens() -> None:
+    with pytest.raises(ValueError, match="alibi-window is for heads with ALiBi, and positions nope"):
+        RunSettings(positions="nope", alibi_window=8)
+    with pytest.raises(ValueError, match="alibi-window must be at least 1"):
+        RunSettings(alibi_window=-1)
+    task = small("max_retrieval")
+    model = build_model(task, "asentmax", "nope")
+    batch = task.test_batch(2, 8, torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="leave out alibi-window"):
+        outputs_at(model, batch, torch.ones(1, 1, 8, 8, dtype=torch.bool))

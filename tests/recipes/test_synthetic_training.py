@@ -66,7 +66,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
         steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, jitter_law="log", channel_drop=0.1, head_drop=0.5,
         key_noise=0.1, key_noise_loss=1e9, hard_candidates=2,
         ease_in=3, plateau=1e9, warmup=3, validations=2, validate_multiple=1, validate_samples=4,
-        alpha_start=1.1, alpha_until=0.6, ease_corrupt=True, average=0.5, replay=0.25,
+        alpha_start=1.1, alpha_until=0.6, ease_corrupt=True, average=0.5, replay=0.25, alibi_window=9,
     )  # fmt: skip
     straight, resumed = trained(tmp_path / "a", task, settings), trained(tmp_path / "b", task, settings, stops=True)
     assert len(straight.log) == 3 and len(straight.validations) == 2
