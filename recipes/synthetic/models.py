@@ -21,7 +21,7 @@ import hf_asentmax
 from recipes.synthetic import stick_breaking
 from recipes.synthetic.tasks import Batch, MaxRetrieval, Task
 
-__all__ = ["METHODS", "POSITIONS", "build_model", "load_model", "outputs_at"]
+__all__ = ["METHODS", "POSITIONS", "alibi_heads", "build_model", "load_model", "outputs_at"]
 
 # What each method sets. All of them run by the plugin's attention, so that positions mean the same to all.
 _FLAGS: dict[str, dict[str, Any]] = {
@@ -106,6 +106,11 @@ def build_model(
         **{**_FLAGS[method], "positions": _POSITIONS[positions], **(flags or {})}
     )
     return make(config, attn_implementation="asentmax")
+
+
+def alibi_heads(positions: str, heads: int) -> int:
+    """How many of a layer's heads, from the first, have ALiBi under one of POSITIONS."""
+    return {"nape": heads // 2, "alibi": heads}.get(positions, 0)
 
 
 def load_model(folder: Path) -> PreTrainedModel:

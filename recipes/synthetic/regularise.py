@@ -190,17 +190,20 @@ class AlibiWindow:
         heads: of a layer.
         alibi_heads: how many of them, from the first, have ALiBi.
         device: of the masks.
+
+    Attributes:
+        narrow: whether the window is on; `draw` sets it.
     """
 
     def __init__(self, window: int, heads: int, alibi_heads: int, device: torch.device) -> None:
         self.window, self._heads, self._alibi_heads, self._device = window, heads, alibi_heads, device
-        self._narrow = False
+        self.narrow = False
         self._masks: dict[tuple[int, bool], torch.Tensor] = {}
 
     def draw(self, generator: torch.Generator, strength: float = 1.0) -> None:
         """Whether the next batch has the window: with half of `strength`, from 0 to 1, as probability."""
         if self.window > 0:
-            self._narrow = bool(torch.rand((), generator=generator) < strength / 2)
+            self.narrow = bool(torch.rand((), generator=generator) < strength / 2)
 
     def mask(self, length: int) -> torch.Tensor | None:
         """(1, heads, length, length) bool, what each head's tokens see, of one kind whether the window is on or not.
@@ -209,12 +212,12 @@ class AlibiWindow:
         """
         if self.window == 0:
             return None
-        key = (length, self._narrow)
+        key = (length, self.narrow)
         if key not in self._masks:
             position = torch.arange(length, device=self._device)
             back = position[:, None] - position
             seen = (back >= 0).expand(self._heads, -1, -1).clone()
-            if self._narrow:
+            if self.narrow:
                 seen[: self._alibi_heads] &= back < self.window
             self._masks[key] = seen[None]
         return self._masks[key]

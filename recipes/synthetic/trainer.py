@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 import hf_asentmax
 from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
-from recipes.synthetic.models import build_model, load_model, outputs_at
+from recipes.synthetic.models import alibi_heads, build_model, load_model, outputs_at
 from recipes.synthetic.regularise import AlibiWindow, HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
 from recipes.synthetic.settings import RunSettings
@@ -61,19 +61,19 @@ class Trainer:
         self.earlier = _start_from(self.model, task, settings) if settings.start_from else None
         if settings.bf16_weights:
             self.model.to(torch.bfloat16)  # type: ignore[arg-type]
-        alibi_heads = {"nape": task.heads // 2, "alibi": task.heads}.get(settings.positions, 0)
+        with_alibi = alibi_heads(settings.positions, task.heads)
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.average > 0 else None
         self.jitter = ScoreJitter(
             self.model,
             settings.jitter,
-            alibi_heads,
+            with_alibi,
             settings.channel_drop,
             settings.key_noise,
             settings.key_noise_heads == "all",
             settings.jitter_law == "log",
         )
-        self.heads = HeadDrop(self.model, settings.head_drop, alibi_heads)
-        self.window = AlibiWindow(settings.alibi_window, task.heads, alibi_heads, device)
+        self.heads = HeadDrop(self.model, settings.head_drop, with_alibi)
+        self.window = AlibiWindow(settings.alibi_window, task.heads, with_alibi, device)
         self.replay = HardReplay(settings.replay, settings.batch)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
         self.optimizer = torch.optim.AdamW(

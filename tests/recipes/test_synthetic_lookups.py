@@ -14,11 +14,11 @@ from torch import nn
 
 from hf_asentmax.integration.install import scaling_of
 from recipes.recording import AttentionCall, recorded_attention
-from recipes.synthetic import lookup, margins
+from recipes.synthetic import lookup, margins, reach
 from recipes.synthetic.models import build_model, outputs_at
 from recipes.synthetic.tasks import Batch
 
-from small_tasks import SMALL
+from small_tasks import SMALL, decided
 from tiny_models import perturb_scalings
 
 
@@ -68,6 +68,34 @@ def test_lookups_find_the_heads_that_match_keys(tmp_path: Path, monkeypatch: pyt
     (run / "run.json").write_text(json.dumps(summary))
     margins.main([str(run), "--samples", "50", "--output", str(tmp_path / "margins.json")])
     assert json.loads((tmp_path / "margins.json").read_text())["models"][0]["heads"]
+
+
+def test_reach_narrows_the_view_of_heads_with_alibi_alone() -> None:
+    model = decided("asentmax")
+    plain = reach.reach(model, SMALL, 2, samples=70, window=0)
+    assert plain["queries"] == 280 and plain["queries_wrong"] > 270  # it has learned nothing
+    for same in (reach.reach(model, SMALL, 2, 70, window=91), reach.reach(model, SMALL, 0, 70, window=1)):
+        assert same["queries_wrong"] == plain["queries_wrong"] and same["loss"] == pytest.approx(plain["loss"])
+    assert reach.reach(model, SMALL, 2, 70, window=8)["loss"] != pytest.approx(plain["loss"], rel=1e-4)
+
+
+def test_reach_writes_its_results(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reach, "WINDOWS", (0, 12))
+    run = tmp_path / "run"
+    build_model(SMALL, "softmax", "nape").save_pretrained(run / "model")
+    summary = {"task": "mqmtar", "task_settings": asdict(SMALL), "settings": {"positions": "nape"}}
+    (run / "run.json").write_text(json.dumps(summary))
+    flags = [str(run), "--samples", "8", "--output", str(tmp_path / "reach.json"), "--device", "cpu"]
+    reach.main(flags)
+    (model,) = json.loads((tmp_path / "reach.json").read_text())["models"]
+    assert [row["window"] for row in model["windows"]] == [0, 12]
+    assert "| heads with ALiBi see | all tokens | the last 12 |" in capsys.readouterr().out
+    (run / "run.json").write_text(json.dumps({**summary, "settings": {"positions": "nope"}}))
+    with pytest.raises(SystemExit):
+        reach.main(flags)
+    assert "positions nope: no heads with ALiBi" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("method", ["asentmax", "ssmax"])

@@ -225,7 +225,7 @@ def test_window_as_the_attention_takes_it(method: str) -> None:
     window = AlibiWindow(5, SMALL.heads, SMALL.heads, CPU)
     length = batch.inputs.shape[1]
     torch.testing.assert_close(outputs_at(model, batch, window.mask(length)), outputs_at(model, batch))
-    window._narrow = True
+    window.narrow = True
     mask = window.mask(length)
     assert mask is not None
     narrow = outputs_at(model, batch, mask)

@@ -1,0 +1,99 @@
+"""How far back a model trained on MQMTAR needs its heads with ALiBi: wrong answers when these see the last tokens only.
+
+    python recipes/synthetic/reach.py runs/synthetic/mqmtar-asentmax-nape-paper/seed0
+
+Among the 64 tokens of a training sample a head with ALiBi (slopes of 1 to 1/8) can still find a query's key. Among
+thousands it can't, and says something of the keys nearby instead. So a model whose answers to 64 tokens change when
+these heads see no further than a pair leans on them, and will err in long contexts, however small its loss. Runs on a
+CPU in a minute or two a model, on samples of the training length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from recipes.common import markdown_table, results_header, write_json
+from recipes.synthetic.evaluate import task_of
+from recipes.synthetic.margins import SEED
+from recipes.synthetic.measuring import fixed_batches
+from recipes.synthetic.models import alibi_heads, load_model, outputs_at
+from recipes.synthetic.regularise import AlibiWindow
+from recipes.synthetic.tasks import Mqmtar
+
+__all__ = ["main", "reach"]
+
+WINDOWS = (0, 48, 32, 24, 16, 12)  # 0: all tokens; a pair with what is around it has 6 to 8
+_BATCH = 64
+
+
+@torch.inference_mode()
+def reach(model: PreTrainedModel, task: Mqmtar, alibi_heads: int, samples: int, window: int) -> dict[str, Any]:
+    """Wrong answers and the mean loss of an answer letter, in samples of the longest training length.
+
+    Args:
+        model: in eval mode.
+        task: what it was trained on.
+        alibi_heads: how many heads, from the first, have ALiBi.
+        samples: how many.
+        window: how many of the last tokens heads with ALiBi see; 0 for all.
+    """
+    view = AlibiWindow(window, task.heads, alibi_heads, model.device)
+    view.narrow = True
+    wrong, loss = 0, 0.0
+    for batch in fixed_batches(task, task.max_length, samples, _BATCH, SEED):
+        batch = batch.to(model.device)
+        logits = outputs_at(model, batch, view.mask(batch.inputs.shape[1])).float()
+        right = task.queries_right(logits.argmax(dim=-1) == batch.labels)
+        wrong += int((~right).sum())
+        letters = nn.functional.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
+        loss += float(letters[:, :-1].unflatten(1, (-1, 3))[..., 1:].mean()) * len(batch)
+    return {"window": window, "queries": samples * task.QUERIES, "queries_wrong": wrong, "loss": loss / samples}
+
+
+def table(models: list[dict[str, Any]]) -> str:
+    """Markdown: wrong queries of each model by window."""
+    names = ["all tokens" if window == 0 else f"the last {window}" for window in WINDOWS]
+    rows = [[model["run"], *(str(row["queries_wrong"]) for row in model["windows"])] for model in models]
+    return markdown_table(["heads with ALiBi see", *names], rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; see the module's description."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished seeds, with run.json and model/")
+    parser.add_argument("--samples", type=int, default=512, help="of 64 tokens, 4 queries each (default: 512)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parsed = parser.parse_args(arguments)
+    models = []
+    for folder in parsed.runs:
+        run = json.loads((folder / "run.json").read_text())
+        task = task_of(run)
+        if not isinstance(task, Mqmtar):
+            parser.error(f"{folder} was trained on {task.name}; reach is measured on MQMTAR")
+        positions = run["settings"]["positions"]
+        with_alibi = alibi_heads(positions, task.heads)
+        if with_alibi == 0:
+            parser.error(f"{folder} has positions {positions}: no heads with ALiBi")
+        model = load_model(folder / "model").to(parsed.device)
+        name = f"{folder.parent.name} {folder.name}"
+        windows = [reach(model, task, with_alibi, parsed.samples, window) for window in tqdm(WINDOWS, desc=name)]
+        models.append({"run": name, "windows": windows})
+    header = results_header(torch.device(parsed.device), [SEED])
+    write_json(parsed.output, {**header, "samples": parsed.samples, "models": models})
+    print(table(models))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
