@@ -241,6 +241,26 @@ def _other_settings(groups: list[Group], shown: Group, multiple: int) -> str:
     return f" (under other settings {'; '.join(each)})"
 
 
+def _beyond() -> list[str]:
+    """What was tested at more than 1024x, a sentence a model."""
+    texts = []
+    for path in sorted((RECIPES / "synthetic" / "beyond").glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        run, each = content["run"], []
+        for entry in content["lengths"]:
+            low, high = (100 * bound for bound in entry["interval"])
+            each.append(
+                f"{100 * entry['exact_match']:.1f}% at {entry['length']:,} tokens ({entry['samples']} samples, "
+                f"{entry['pairs']:,} pairs; 95% interval {low:.0f} to {high:.0f})"
+            )
+        texts.append(
+            f"Beyond that: seed {run['seed']} trained on {TRACKS[run['track']]} with a learning rate of "
+            f"{run['task_settings']['lr']:g} in its second run has {', '.join(each)}. "
+            "[How](recipes/synthetic/README.md#beyond-1024x)."
+        )
+    return texts
+
+
 _NAMES = {"asentmax": "ASEntmax", "ssmax": "SSMax", "adaptive_temperature": "adaptive temperature"}
 
 
@@ -323,6 +343,7 @@ def synthetic(*contents: dict[str, Any]) -> str:
             "tested on fewer samples from 64x on. Intervals, figures and what else was tried: "
             "[recipes/synthetic](recipes/synthetic/README.md); model cards: [own](model_cards/mqmtar-own.md), "
             "[paper](model_cards/mqmtar-paper.md).",
+            *_beyond(),
             *origins,
         ]
     )

@@ -7,7 +7,7 @@
 # On the paper's distribution the first run has half the learning rate and the batch, and the second chooses hard samples
 # by their loss, weighs what is hard in them and sees them again.
 #
-# One first run in eleven learned a lookup that the second did not mend. So a first run whose validation's e (wrong
+# One first run in thirteen learned a lookup that the second did not mend. So a first run whose validation's e (wrong
 # queries / queries / pairs, at 64x) is above GOOD (5e-5), or that stays on the plateau, is followed by another, of the
 # seed 100 further, until there were TRIES (3); where none is good, the best one goes on. Methods that never are good
 # get as many.
