@@ -1,9 +1,9 @@
-"""How far back a model trained on MQMTAR needs its heads with ALiBi: wrong answers when these see the last tokens only.
+"""How far back a model trained on MQMTAR needs its heads with ALiBi: its loss when these see the last tokens only.
 
     python recipes/synthetic/reach.py runs/synthetic/mqmtar-asentmax-nape-paper/seed0
 
 Among the 64 tokens of a training sample a head with ALiBi (slopes of 1 to 1/8) can still find a query's key. Among
-thousands it can't, and says something of the keys nearby instead. So a model whose answers to 64 tokens change when
+thousands it can't, and says something of the keys nearby instead. So a model whose loss at 64 tokens grows when
 these heads see no further than a pair leans on them, and will err in long contexts, however small its loss. Runs on a
 CPU in a minute or two a model, on samples of the training length.
 """
@@ -62,9 +62,11 @@ def reach(model: PreTrainedModel, task: Mqmtar, alibi_heads: int, samples: int, 
 
 
 def table(models: list[dict[str, Any]]) -> str:
-    """Markdown: wrong queries of each model by window."""
+    """Markdown: of each model by window, the mean loss of an answer letter and the wrong queries."""
     names = ["all tokens" if window == 0 else f"the last {window}" for window in WINDOWS]
-    rows = [[model["run"], *(str(row["queries_wrong"]) for row in model["windows"])] for model in models]
+    rows = [
+        [model["run"], *(f"{row['loss']:.1e}, {row['queries_wrong']}" for row in model["windows"])] for model in models
+    ]
     return markdown_table(["heads with ALiBi see", *names], rows)
 
 

@@ -91,7 +91,8 @@ def test_reach_writes_its_results(
     reach.main(flags)
     (model,) = json.loads((tmp_path / "reach.json").read_text())["models"]
     assert [row["window"] for row in model["windows"]] == [0, 12]
-    assert "| heads with ALiBi see | all tokens | the last 12 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| heads with ALiBi see | all tokens | the last 12 |" in printed and "e+00, 32 |" in printed
     (run / "run.json").write_text(json.dumps({**summary, "settings": {"positions": "nope"}}))
     with pytest.raises(SystemExit):
         reach.main(flags)
