@@ -198,7 +198,7 @@ class AlibiWindow:
     def __init__(self, window: int, heads: int, alibi_heads: int, device: torch.device) -> None:
         self.window, self._heads, self._alibi_heads, self._device = window, heads, alibi_heads, device
         self.narrow = False
-        self._masks: dict[tuple[int, bool], torch.Tensor] = {}
+        self._masks: dict[int, torch.Tensor] = {}
 
     def draw(self, generator: torch.Generator, strength: float = 1.0) -> None:
         """Whether the next batch has the window: with half of `strength`, from 0 to 1, as probability."""
@@ -206,18 +206,16 @@ class AlibiWindow:
             self.narrow = bool(torch.rand((), generator=generator) < strength / 2)
 
     def mask(self, length: int) -> torch.Tensor | None:
-        """(1, heads, length, length) bool, what each head's tokens see, of one kind whether the window is on or not.
+        """(1, heads, length, length) bool, what each head's tokens see; None while the window is off: all before them.
 
-        None where there is no window at all.
+        A mask for each head takes time, and a compiled form of its own; the batches without it do without.
         """
-        if self.window == 0:
+        if self.window == 0 or not self.narrow:
             return None
-        key = (length, self.narrow)
-        if key not in self._masks:
+        if length not in self._masks:
             position = torch.arange(length, device=self._device)
             back = position[:, None] - position
             seen = (back >= 0).expand(self._heads, -1, -1).clone()
-            if self.narrow:
-                seen[: self._alibi_heads] &= back < self.window
-            self._masks[key] = seen[None]
-        return self._masks[key]
+            seen[: self._alibi_heads] &= back < self.window
+            self._masks[length] = seen[None]
+        return self._masks[length]

@@ -127,7 +127,8 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model.train()
         process_start = last_save = time.monotonic()
-        clock: float | None = None  # starts after the first step, which compiles
+        clock = process_start
+        compiled: set[tuple[bool, float | None]] = set()  # forms of a step; its first one compiles, and does not count
         bar = tqdm(
             total=self.settings.steps or None,
             initial=self.step,
@@ -139,12 +140,13 @@ class Trainer:
             self._update()
             self.step += 1
             bar.update()
-            if clock is None:
+            form = (self.window.narrow, self.alpha)
+            if form not in compiled:
+                compiled.add(form)
                 self._wait()
                 clock = time.monotonic()
-            else:
-                now = time.monotonic()
-                self.seconds, clock = self.seconds + now - clock, now
+            now = time.monotonic()
+            self.seconds, clock = self.seconds + now - clock, now
             if self.step % self.settings.log_every == 0:
                 self._write_log(bar)
             due = self.settings.validations * self.progress >= len(self.validations) + 1

@@ -198,39 +198,35 @@ def test_window_of_heads_with_alibi() -> None:
     """Half of the batches: these heads see the last tokens only, and no others change."""
     window = AlibiWindow(3, heads=4, alibi_heads=2, device=CPU)
     generator = torch.Generator().manual_seed(0)
-    seen = []
+    masks = []
     for _ in range(1000):
         window.draw(generator)
-        mask = window.mask(6)
-        assert mask is not None
-        seen.append(bool(mask[0, 0, 5, 0]))
+        masks.append(window.mask(6))
+    narrow = [mask for mask in masks if mask is not None]
+    assert 450 < len(narrow) < 550
+    for mask in narrow:
+        assert mask.shape == (1, 4, 6, 6) and mask[0, 0].int().tolist()[4] == [0, 0, 1, 1, 1, 0]
         assert torch.equal(mask[0, 2:], torch.ones(6, 6, dtype=torch.bool).tril().expand(2, -1, -1))
-    assert 450 < sum(seen) < 550
-    window.draw(generator, 0.0)
-    full = window.mask(6)
-    while window.mask(6) is full:
-        window.draw(generator)
-    narrow = window.mask(6)
-    assert narrow is not None and narrow.shape == (1, 4, 6, 6)
-    assert narrow[0, 0].int().tolist()[4] == [0, 0, 1, 1, 1, 0]
-    assert AlibiWindow(0, 4, 2, CPU).mask(6) is None
+    window.draw(generator, strength=0.0)
+    assert not window.narrow and window.mask(6) is None
+    window = AlibiWindow(0, 4, 2, CPU)
+    window.draw(generator)
+    assert window.mask(6) is None
 
 
 @pytest.mark.parametrize("method", ["softmax", "asentmax"])
 def test_window_as_the_attention_takes_it(method: str) -> None:
-    """A full mask is as none, and a narrow one keeps far tokens out."""
+    """One that is as wide as the sample is as none, and a narrow one keeps far tokens out."""
     torch.manual_seed(0)
     model = build_model(SMALL, method, "nape").double().eval()
     batch = SMALL.test_batch(3, 64, torch.Generator().manual_seed(0))
-    window = AlibiWindow(5, SMALL.heads, SMALL.heads, CPU)
     length = batch.inputs.shape[1]
-    torch.testing.assert_close(outputs_at(model, batch, window.mask(length)), outputs_at(model, batch))
-    window.narrow = True
-    mask = window.mask(length)
-    assert mask is not None
-    narrow = outputs_at(model, batch, mask)
+    wide, narrow = (AlibiWindow(window, SMALL.heads, SMALL.heads, CPU) for window in (length, 5))
+    wide.narrow = narrow.narrow = True
+    torch.testing.assert_close(outputs_at(model, batch, wide.mask(length)), outputs_at(model, batch))
+    seen = outputs_at(model, batch, narrow.mask(length))
     batch.inputs[:, 0] = SMALL.FIRST_LETTER  # further back than all layers' windows reach
-    torch.testing.assert_close(outputs_at(model, batch, mask), narrow)
+    torch.testing.assert_close(outputs_at(model, batch, narrow.mask(length)), seen)
 
 
 def test_window_needs_heads_with_alibi_and_tokens() -> None:

@@ -170,3 +170,18 @@ def test_a_run_learns(tmp_path: Path) -> None:
     trainer = trained(tmp_path, task, settings)
     assert trainer.log[-1]["loss"] < 0.5 * trainer.log[0]["loss"] and trainer.left_plateau is not None
     assert measure(load_model(trainer.folder / "model"), task, 8, 100)["exact_match"] > 0.4
+
+
+def test_steps_that_compile_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step without ALiBi's window and the first one with it; by a clock of the test's own."""
+    trainer = Trainer(SMALL, RunSettings(steps=6, alibi_window=8), 0, tmp_path, CPU)
+    now, forms = 0.0, [False, False, True, False, True, True]
+
+    def update() -> None:
+        nonlocal now
+        trainer.window.narrow = forms[trainer.step]
+        now += 100.0 if trainer.step in (0, 2) else 1.0
+
+    monkeypatch.setattr("recipes.synthetic.trainer.time.monotonic", lambda: now)
+    monkeypatch.setattr(trainer, "_update", update)
+    assert trainer.run() and trainer.seconds == 4.0
