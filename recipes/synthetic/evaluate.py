@@ -29,7 +29,7 @@ from recipes.synthetic.measuring import measure, set_matmul_precision
 from recipes.synthetic.models import load_model
 from recipes.synthetic.tasks import TASKS, Mqmtar, Task
 
-__all__ = ["add_measuring_flags", "evaluate_run", "fewer_pairs", "main", "run_folders", "task_of"]
+__all__ = ["add_measuring_flags", "evaluate_run", "fewer_pairs", "main", "mqmtar_of", "run_folders", "task_of"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -42,6 +42,14 @@ def task_of(run: dict[str, Any], pool: int | None = None) -> Task:
     if not isinstance(task, Mqmtar):
         raise ValueError(f"--pool is for MQMTAR's keys and values; this run learnt {task.name}")
     return replace(task, pool=pool)
+
+
+def mqmtar_of(folder: Path, parser: argparse.ArgumentParser, what: str) -> Mqmtar:
+    """The task of a finished seed, for what is of MQMTAR alone, as `what` says; else the command line's error."""
+    task = task_of(json.loads((folder / "run.json").read_text()))
+    if not isinstance(task, Mqmtar):
+        parser.error(f"{folder} was trained on {task.name}; {what}")
+    return task
 
 
 def fewer_pairs(task: Task, length: int) -> str:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.common import markdown_table, results_header, write_json
 from recipes.recording import recorded_attention
-from recipes.synthetic.evaluate import task_of
+from recipes.synthetic.evaluate import mqmtar_of
 from recipes.synthetic.measuring import fixed_batches
 from recipes.synthetic.models import load_model, outputs_at
 from recipes.synthetic.tasks import Mqmtar
@@ -137,9 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     results = []
     for folder in tqdm(parsed.runs, unit="model"):
-        task = task_of(json.loads((folder / "run.json").read_text()))
-        if not isinstance(task, Mqmtar):
-            parser.error(f"{folder} was trained on {task.name}; lookups are MQMTAR's")
+        task = mqmtar_of(folder, parser, "lookups are MQMTAR's")
         rows = list(lookups(load_model(folder / "model"), task, parsed.samples))
         results.append({"run": f"{folder.parent.name} {folder.name}", "heads": rows})
         tqdm.write(f"\n{results[-1]['run']}\n{table(rows)}")

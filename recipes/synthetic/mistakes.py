@@ -12,7 +12,6 @@ Needs a GPU beyond 16x.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.common import markdown_table, results_header, write_json
-from recipes.synthetic.evaluate import task_of
+from recipes.synthetic.evaluate import mqmtar_of
 from recipes.synthetic.margins import SEED, likenesses
 from recipes.synthetic.measuring import predictions
 from recipes.synthetic.models import load_model
@@ -91,9 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     parsed = parser.parse_args(arguments)
     results = []
     for folder in parsed.runs:
-        task = task_of(json.loads((folder / "run.json").read_text()))
-        if not isinstance(task, Mqmtar):
-            parser.error(f"{folder} was trained on {task.name}; these are mistakes in MQMTAR")
+        task = mqmtar_of(folder, parser, "these are mistakes in MQMTAR")
         model = load_model(folder / "model").to(parsed.device)
         for multiple in parsed.multiple:
             row = counted(model, task, multiple * task.max_length, parsed.samples)

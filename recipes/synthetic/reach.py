@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.common import markdown_table, results_header, write_json
-from recipes.synthetic.evaluate import task_of
+from recipes.common import default_device, markdown_table, results_header, write_json
+from recipes.synthetic.evaluate import mqmtar_of
 from recipes.synthetic.margins import SEED
 from recipes.synthetic.measuring import fixed_batches
 from recipes.synthetic.models import alibi_heads, load_model, outputs_at
@@ -75,24 +75,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished seeds, with run.json and model/")
     parser.add_argument("--samples", type=int, default=512, help="of 64 tokens, 4 queries each (default: 512)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=torch.device, default=default_device(), help="default: a GPU if there is one")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     parsed = parser.parse_args(arguments)
-    models = []
-    for folder in parsed.runs:
-        run = json.loads((folder / "run.json").read_text())
-        task = task_of(run)
-        if not isinstance(task, Mqmtar):
-            parser.error(f"{folder} was trained on {task.name}; reach is measured on MQMTAR")
-        positions = run["settings"]["positions"]
+    asked: list[tuple[Path, Mqmtar, int]] = []
+    for folder in parsed.runs:  # what is refused is refused before anything is measured
+        task = mqmtar_of(folder, parser, "reach is measured on MQMTAR")
+        positions = json.loads((folder / "run.json").read_text())["settings"]["positions"]
         with_alibi = alibi_heads(positions, task.heads)
         if with_alibi == 0:
             parser.error(f"{folder} has positions {positions}: no heads with ALiBi")
+        asked.append((folder, task, with_alibi))
+    models = []
+    for folder, task, with_alibi in asked:
         model = load_model(folder / "model").to(parsed.device)
         name = f"{folder.parent.name} {folder.name}"
         windows = [reach(model, task, with_alibi, parsed.samples, window) for window in tqdm(WINDOWS, desc=name)]
         models.append({"run": name, "windows": windows})
-    header = results_header(torch.device(parsed.device), [SEED])
+    header = results_header(parsed.device, [SEED])
     write_json(parsed.output, {**header, "samples": parsed.samples, "models": models})
     print(table(models))
 

@@ -22,7 +22,7 @@ from recipes.synthetic.models import alibi_heads, build_model, load_model, outpu
 from recipes.synthetic.regularise import AlibiWindow, HeadDrop, ScoreJitter, corrupted_answers
 from recipes.synthetic.replay import HardReplay
 from recipes.synthetic.settings import RunSettings
-from recipes.synthetic.tasks import IGNORED, Batch, Task
+from recipes.synthetic.tasks import IGNORED, Batch, MaxRetrieval, Task
 
 __all__ = ["Trainer", "learning_rate"]
 
@@ -61,6 +61,13 @@ class Trainer:
         self.earlier = _start_from(self.model, task, settings) if settings.start_from else None
         if settings.bf16_weights:
             self.model.to(torch.bfloat16)  # type: ignore[arg-type]
+        if settings.alibi_window > 0 and isinstance(task, MaxRetrieval):
+            raise ValueError("alibi-window is for tasks of tokens; max_retrieval's model of items takes no mask")
+        if settings.alibi_window >= task.padded_shape()[0]:
+            raise ValueError(
+                f"alibi-window must be smaller than a sample, {task.padded_shape()[0]} tokens at most, to have an "
+                f"effect; got {settings.alibi_window}"
+            )
         with_alibi = alibi_heads(settings.positions, task.heads)
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.average > 0 else None
         self.jitter = ScoreJitter(

@@ -229,7 +229,7 @@ def test_window_as_the_attention_takes_it(method: str) -> None:
     torch.testing.assert_close(outputs_at(model, batch, narrow.mask(length)), seen)
 
 
-def test_window_needs_heads_with_alibi_and_tokens() -> None:
+def test_window_needs_heads_with_alibi_and_tokens(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="alibi-window is for heads with ALiBi, and positions nope"):
         RunSettings(positions="nope", alibi_window=8)
     with pytest.raises(ValueError, match="alibi-window must be at least 1"):
@@ -239,3 +239,8 @@ def test_window_needs_heads_with_alibi_and_tokens() -> None:
     batch = task.test_batch(2, 8, torch.Generator().manual_seed(0))
     with pytest.raises(ValueError, match="leave out alibi-window"):
         outputs_at(model, batch, torch.ones(1, 1, 8, 8, dtype=torch.bool))
+    settings = RunSettings(positions="alibi", alibi_window=8)
+    with pytest.raises(ValueError, match="alibi-window is for tasks of tokens"):
+        Trainer(task, settings, 0, tmp_path, CPU)
+    with pytest.raises(ValueError, match="must be smaller than a sample, 91 tokens at most, to have an effect; got 91"):
+        Trainer(SMALL, RunSettings(alibi_window=91), 0, tmp_path, CPU)
