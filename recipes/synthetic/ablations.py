@@ -136,7 +136,7 @@ def _figure(results: dict[str, Any], file: Path) -> None:
     from matplotlib import pyplot
 
     names = list(results["variants"])
-    drawing, axes = pyplot.subplots(figsize=(8.0, 2.0 + 0.28 * len(names)))
+    drawing, axes = pyplot.subplots(figsize=(8.0, max(3.0, 2.0 + 0.28 * len(names))))
     color, marker = OURS
     for row, name in enumerate(names):
         for run in results["variants"][name].values():
@@ -191,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"{file} is not there yet; the same command without --report makes it")
     wanted = [] if parsed.report else [(name, seed) for seed in parsed.seeds for name in names]
     missing = [(name, seed) for name, seed in wanted if str(seed) not in results["variants"].get(name, {})]
-    for name, seed in tqdm(missing, unit="run"):
+    for name, seed in tqdm(missing, unit="run", disable=not missing):
         entry = train(parsed, name, seed)
         if file.exists():  # another process may have added to it
             results = json.loads(file.read_text())

@@ -23,7 +23,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.synthetic.evaluate import RESULTS
-from recipes.synthetic.report import TRACKS, Group, best, caveats, grouped, in_all, tables
+from recipes.synthetic.report import TRACKS, Group, best, caveats, grouped, in_all, in_vain, tables
 from recipes.synthetic.tasks import TASKS, MaxRetrieval
 
 __all__ = ["card", "main"]
@@ -84,7 +84,7 @@ def card(group: Group) -> str:
         seeds=seeds,
         rows="\n".join(rows),
         track=TRACKS[group.track],
-        on_average=" on average" if many else "",
+        on_average=(" on average" if many else "") + in_vain(runs),
         samples=f"{fmean(in_all(one, 'samples') for one in runs) / 1e6:.1f}",
         minutes=f"{fmean(in_all(one, 'seconds') for one in runs) / 60:.1f}",
         device=run["header"]["device"]["name"],

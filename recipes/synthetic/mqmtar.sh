@@ -3,18 +3,20 @@
 #
 #     bash recipes/synthetic/mqmtar.sh own 0          # our own training distribution, seed 0
 #     bash recipes/synthetic/mqmtar.sh paper 0        # the paper's
+#     bash recipes/synthetic/mqmtar.sh both 0         # the same two runs, then a third one on our own
 #
-# On the paper's distribution the first run has half the learning rate and the batch, and the second chooses hard samples
-# by their loss, weighs what is hard in them and sees them again.
+# On the paper's distribution the first run has half the learning rate and the batch; in the second, hard samples are
+# chosen by their loss, weighed by what is hard in them and seen again, and heads with ALiBi see 16 tokens in half of the
+# batches. The third run is like the second, at half its rate, on samples with near misses.
 #
-# One first run in thirteen learned a lookup that the second did not mend. So a first run whose validation's e (wrong
-# queries / queries / pairs, at 64x) is above GOOD (5e-5), or that stays on the plateau, is followed by another, of the
-# seed 100 further, until there were TRIES (3); where none is good, the best one goes on. Methods that never are good
-# get as many.
+# The same first run can end with an e (wrong queries / queries / pairs, at 64x, in its validation) of 6e-6 or 5e-4,
+# and no second run has mended the latter. So one above GOOD (5e-5), or that stays on the plateau, is followed by
+# another, of the seed 100 further, until there were TRIES (3); where none is good, the best one goes on. Methods that
+# never are good get as many.
 #
-# METHOD is the attention (default asentmax), MINUTES (3.2) and MORE_MINUTES (own 1.2, paper 6.6) are the training times,
-# RUNS the folder, FLAGS go to both runs, MORE_FLAGS to the second alone, EVALUATE_FLAGS to its test; with FIRST_ONLY=1
-# one first run is all (ablations.py).
+# METHOD is the attention (default asentmax), MINUTES (3.2), MORE_MINUTES (own 1.2, paper 8.5) and THIRD_MINUTES (4) are
+# the training times, RUNS the folder, FLAGS go to every run, MORE_FLAGS to the second alone, THIRD_FLAGS to the third,
+# EVALUATE_FLAGS to the last one's test; with FIRST_ONLY=1 one first run is all (ablations.py).
 set -euo pipefail
 if [[ ${1:---help} == --help ]]; then
     sed -n '2,/^set/{/^#/s/^# \?//p}' "$0"
@@ -27,29 +29,31 @@ fi
 method=${METHOD:-asentmax} distribution=$1 seed=${2:-0} out=${RUNS:-runs/synthetic}
 common=(--task mqmtar --method "$method" --out "$out" --steps 0 --corrupt 0.5 --jitter 0.4
     --key-noise 0.3 --compile --validations 1 --validate-samples 2000)
+hard=(--alibi-window 16 --jitter 0.05 --jitter-law log --replay 0.25 --hard-candidates 4 --hard-from 0
+    --hard-weight 0.3)
+near=(--near-misses 1 --near-misses-end 1 --one-letter 0.25 --one-letter-end 0.25 --near-crossed 0.3 --swapped 0.2)
 case $distribution in
 own)
+    begun=own more_minutes=1.2
     first=(--near-misses 0.3 --near-misses-end 1 --one-letter-end 0.25)
-    more_minutes=1.2
-    second=(--lr 3e-4 --near-misses 1 --near-misses-end 1 --one-letter 0.25 --one-letter-end 0.25 --near-crossed 0.3
-        --swapped 0.2)
+    second=(--lr 3e-4 "${near[@]}")
     ;;
-paper)
-    more_minutes=6.6
+paper | both)
+    begun=paper more_minutes=8.5
     first=(--lr 5e-4 --batch 512)
-    second=(--lr 4e-4 --jitter 0.05 --jitter-law log --replay 0.25 --hard-candidates 4 --hard-from 0 --hard-weight 0.3)
+    second=(--lr 8e-4 "${hard[@]}")
     ;;
 *)
-    echo "expected own or paper, got $distribution" >&2
+    echo "expected own, paper or both, got $distribution" >&2
     exit 2
     ;;
 esac
-python=${PYTHON:-python3} train=recipes/synthetic/train.py name=mqmtar-$method-nape-$distribution
+python=${PYTHON:-python3} train=recipes/synthetic/train.py all=mqmtar-$method-nape
 
 e_of() { # of a first run's last validation; inf where it was given up
     "$python" -c 'import json, sys
 run = json.load(open(sys.argv[1]))
-print("inf" if run["given_up"] else run["validations"][-1]["e"])' "$out/$name-first/seed$1/run.json"
+print("inf" if run["given_up"] else run["validations"][-1]["e"])' "$out/$all-$begun-first/seed$1/run.json"
 }
 below() { "$python" -c 'import sys; sys.exit(not float(sys.argv[1]) < float(sys.argv[2]))' "$1" "$2"; }
 
@@ -61,12 +65,12 @@ fi
 for ((try = 0; try < tries; try++)); do
     from=$((seed + 100 * try))
     # shellcheck disable=SC2086  # FLAGS are several words
-    "$python" "$train" "${common[@]}" --seeds "$from" "${first[@]}" --name "$distribution-first" --ease-in 1500 \
+    "$python" "$train" "${common[@]}" --seeds "$from" "${first[@]}" --name "$begun-first" --ease-in 1500 \
         --decay 0.25 --minutes "${MINUTES:-3.2}" --give-up 3000000 ${FLAGS:-}
     if [[ -n ${FIRST_ONLY:-} ]]; then
         exit
     fi
-    if [[ ! -f $out/$name-first/seed$from/run.json ]]; then
+    if [[ ! -f $out/$all-$begun-first/seed$from/run.json ]]; then
         exit # by --stop-after in FLAGS; the same command goes on from there
     fi
     e=$(e_of "$from")
@@ -82,9 +86,18 @@ if [[ $best == none ]]; then
     echo "no first run of seed $seed left the plateau (tries: $tries); take another seed, or a lower --lr in FLAGS" >&2
     exit 1
 fi
+
+further() { # NAME START MINUTES FLAGS...: another run, from the weights of the finished one in the folder START
+    "$python" "$train" "${common[@]}" --seeds "$seed" --name "$1" --ease-in 300 --warmup 100 --decay 1 --head-drop 0.75 \
+        --start-from "$2" --minutes "$3" "${@:4}"
+}
 # shellcheck disable=SC2086
-"$python" "$train" "${common[@]}" --seeds "$seed" --name "$distribution" --ease-in 300 --warmup 100 --decay 1 \
-    --head-drop 0.75 "${second[@]}" --start-from "$out/$name-first/seed$best" --minutes "${MORE_MINUTES:-$more_minutes}" ${FLAGS:-} \
+further "$begun" "$out/$all-$begun-first/seed$best" "${MORE_MINUTES:-$more_minutes}" "${second[@]}" ${FLAGS:-} \
     ${MORE_FLAGS:-}
+if [[ $distribution == both && -f $out/$all-paper/seed$seed/run.json ]]; then
+    # shellcheck disable=SC2086
+    further both "$out/$all-paper/seed$seed" "${THIRD_MINUTES:-4}" --lr 4e-4 "${hard[@]}" "${near[@]}" ${FLAGS:-} \
+        ${THIRD_FLAGS:-}
+fi
 # shellcheck disable=SC2086
-"$python" recipes/synthetic/evaluate.py "$out/$name" ${EVALUATE_FLAGS:-}
+"$python" recipes/synthetic/evaluate.py "$out/$all-$distribution" ${EVALUATE_FLAGS:-}

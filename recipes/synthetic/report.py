@@ -32,8 +32,10 @@ __all__ = [
     "Group",
     "best",
     "caveats",
+    "first_run",
     "grouped",
     "in_all",
+    "in_vain",
     "main",
     "markdown",
     "names",
@@ -97,6 +99,23 @@ def in_all(run: dict[str, Any], what: str) -> float:
     return run[what] + (run.get("started_from") or {what: 0})[what]
 
 
+def first_run(run: dict[str, Any]) -> dict[str, Any]:
+    """The first of the runs, each from the weights of the one before, that a model comes from."""
+    return first_run(run["started_from"]) if run.get("started_from") else run
+
+
+def in_vain(runs: list[dict[str, Any]]) -> str:
+    """In words, the time that `in_all` lacks: first runs that mqmtar.sh made before the one that it went on from.
+
+    It takes the seed 100 further each time.
+    """
+    firsts = [first_run(run) for run in runs]
+    tries = [max(0, first["seed"] - run["seed"]) // 100 for first, run in zip(firsts, runs, strict=True)]
+    minutes = sum(number * first["settings"]["minutes"] for number, first in zip(tries, firsts, strict=True))
+    count = f"{sum(tries)} first run{'s' if sum(tries) > 1 else ''}"
+    return f" (without {count}, {minutes:.1f} minutes, whose validation was bad)" if sum(tries) else ""
+
+
 def _stages(run: dict[str, Any], task: str | None = None) -> list[dict[str, Any]]:
     """A run's settings that differ from their defaults, and its minutes, after those of the runs that it began with."""
     task = task or run["task"]
@@ -158,13 +177,14 @@ def grouped(results: list[dict[str, Any]]) -> list[Group]:
 def best(groups: list[Group]) -> Group:
     """The group of most seeds, and of those the one that holds furthest, with most of the samples right there.
 
+    Of two with as many right there, the one that has more at the next shorter length.
     Seeds come first: the best of many settings with one seed each is mostly luck. Before them comes having no caveat.
     """
 
-    def rank(group: Group) -> tuple[bool, int, tuple[int, float]]:
+    def rank(group: Group) -> tuple[bool, int, list[tuple[int, float]]]:
         pooled = {multiple: group.pooled(multiple) for multiple in group.multiples()}
         held = [(multiple, found[0]) for multiple, found in pooled.items() if found is not None and found[0] >= 50]
-        return not group.caveat, len(group.results), max(held, default=(0, 0.0))
+        return not group.caveat, len(group.results), sorted(held, reverse=True)
 
     return max(groups, key=rank)
 
@@ -213,12 +233,13 @@ def _settings(members: list[Group]) -> str:
     named = list(zip(names(members), members, strict=True))
     base = best([group for group in members if group.method == "asentmax"] or members)
     base_name = next(name for name, group in named if group is base)
-    lines = [f"- {base_name}: {base.changed}"] if base.changed else []
+    without = {name: in_vain([result["run"] for result in group.results]) for name, group in named}
+    lines = [f"- {base_name}: {base.changed}{without[base_name]}"] if base.changed else []
     for name, group in named:
         if group is not base and group.changed:
             parts = [f"as {base_name}"] if base.changed else []
             parts += [compared] if (compared := _compared(group, base)) else []
-            lines.append(f"- {name}: {', but '.join(parts)}")
+            lines.append(f"- {name}: {', but '.join(parts)}{without[name]}")
     return "Settings that are not the defaults:\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
@@ -252,7 +273,7 @@ def _accuracy_table(task: str, members: list[Group]) -> str:
 
 def _seed(run: dict[str, Any]) -> str:
     """A run's seed, and that of the run whose weights it began with where that is another (see mqmtar.sh)."""
-    own, first = run["seed"], (run.get("started_from") or run)["seed"]
+    own, first = run["seed"], first_run(run)["seed"]
     return f"seed {own}" if own == first else f"seed {own} (first run: seed {first})"
 
 
