@@ -36,6 +36,7 @@ SCRIPT = Path(__file__).with_name("mqmtar.sh")
 VARIANTS: dict[str, str] = {
     "base": "",
     "no corrupted answers": "--corrupt 0",
+    "all answers corrupted": "--corrupt 1",
     "no jitter": "--jitter 1",
     "no key noise": "--key-noise 0",
     "corrupted answers alone": "--jitter 1 --key-noise 0",

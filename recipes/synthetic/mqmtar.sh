@@ -34,12 +34,12 @@ hard=(--alibi-window 16 --jitter 0.05 --jitter-law log --replay 0.25 --hard-cand
 near=(--near-misses 1 --near-misses-end 1 --one-letter 0.25 --one-letter-end 0.25 --near-crossed 0.3 --swapped 0.2)
 case $distribution in
 own)
-    begun=own more_minutes=1.2
+    base=own more_minutes=1.2
     first=(--near-misses 0.3 --near-misses-end 1 --one-letter-end 0.25)
     second=(--lr 3e-4 "${near[@]}")
     ;;
 paper | both)
-    begun=paper more_minutes=8.5
+    base=paper more_minutes=8.5
     first=(--lr 5e-4 --batch 512)
     second=(--lr 8e-4 "${hard[@]}")
     ;;
@@ -53,8 +53,9 @@ python=${PYTHON:-python3} train=recipes/synthetic/train.py all=mqmtar-$method-na
 e_of() { # of a first run's last validation; inf where it was given up
     "$python" -c 'import json, sys
 run = json.load(open(sys.argv[1]))
-print("inf" if run["given_up"] else run["validations"][-1]["e"])' "$out/$all-$begun-first/seed$1/run.json"
+print("inf" if run["given_up"] else run["validations"][-1]["e"])' "$out/$all-$base-first/seed$1/run.json"
 }
+finished() { [[ -f $out/$all-$1/run.json ]]; } # if not, by --stop-after in FLAGS: the same command goes on from there
 below() { "$python" -c 'import sys; sys.exit(not float(sys.argv[1]) < float(sys.argv[2]))' "$1" "$2"; }
 
 good=${GOOD:-5e-5} tries=${TRIES:-3} best=none best_e=inf
@@ -65,14 +66,12 @@ fi
 for ((try = 0; try < tries; try++)); do
     from=$((seed + 100 * try))
     # shellcheck disable=SC2086  # FLAGS are several words
-    "$python" "$train" "${common[@]}" --seeds "$from" "${first[@]}" --name "$begun-first" --ease-in 1500 \
+    "$python" "$train" "${common[@]}" --seeds "$from" "${first[@]}" --name "$base-first" --ease-in 1500 \
         --decay 0.25 --minutes "${MINUTES:-3.2}" --give-up 3000000 ${FLAGS:-}
     if [[ -n ${FIRST_ONLY:-} ]]; then
         exit
     fi
-    if [[ ! -f $out/$all-$begun-first/seed$from/run.json ]]; then
-        exit # by --stop-after in FLAGS; the same command goes on from there
-    fi
+    finished "$base-first/seed$from" || exit 0
     e=$(e_of "$from")
     echo "first run of seed $from: e = $e (good: below $good)"
     if below "$e" "$best_e"; then
@@ -87,17 +86,16 @@ if [[ $best == none ]]; then
     exit 1
 fi
 
-further() { # NAME START MINUTES FLAGS...: another run, from the weights of the finished one in the folder START
+further() { # NAME START MINUTES FLAGS...: another run, from the weights of the finished one START
     "$python" "$train" "${common[@]}" --seeds "$seed" --name "$1" --ease-in 300 --warmup 100 --decay 1 --head-drop 0.75 \
-        --start-from "$2" --minutes "$3" "${@:4}"
+        --start-from "$out/$all-$2" --minutes "$3" "${@:4}"
+    finished "$1/seed$seed" || exit 0
 }
 # shellcheck disable=SC2086
-further "$begun" "$out/$all-$begun-first/seed$best" "${MORE_MINUTES:-$more_minutes}" "${second[@]}" ${FLAGS:-} \
-    ${MORE_FLAGS:-}
-if [[ $distribution == both && -f $out/$all-paper/seed$seed/run.json ]]; then
+further "$base" "$base-first/seed$best" "${MORE_MINUTES:-$more_minutes}" "${second[@]}" ${FLAGS:-} ${MORE_FLAGS:-}
+if [[ $distribution == both ]]; then
     # shellcheck disable=SC2086
-    further both "$out/$all-paper/seed$seed" "${THIRD_MINUTES:-4}" --lr 4e-4 "${hard[@]}" "${near[@]}" ${FLAGS:-} \
-        ${THIRD_FLAGS:-}
+    further both "paper/seed$seed" "${THIRD_MINUTES:-4}" --lr 4e-4 "${hard[@]}" "${near[@]}" ${FLAGS:-} ${THIRD_FLAGS:-}
 fi
 # shellcheck disable=SC2086
 "$python" recipes/synthetic/evaluate.py "$out/$all-$distribution" ${EVALUATE_FLAGS:-}
