@@ -61,11 +61,12 @@ def reach(model: PreTrainedModel, task: Mqmtar, alibi_heads: int, samples: int, 
     return {"window": window, "queries": samples * task.QUERIES, "queries_wrong": wrong, "loss": loss / samples}
 
 
-def table(models: list[dict[str, Any]]) -> str:
+def table(models: dict[str, Any]) -> str:
     """Markdown: of each model by window, the mean loss of an answer letter and the wrong queries."""
     names = ["all tokens" if window == 0 else f"the last {window}" for window in WINDOWS]
     rows = [
-        [model["run"], *(f"{row['loss']:.1e}, {row['queries_wrong']}" for row in model["windows"])] for model in models
+        [name, *(f"{row['loss']:.1e}, {row['queries_wrong']}" for row in model["windows"])]
+        for name, model in models.items()
     ]
     return markdown_table(["heads with ALiBi see", *names], rows)
 
@@ -76,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished seeds, with run.json and model/")
     parser.add_argument("--samples", type=int, default=512, help="of 64 tokens, 4 queries each (default: 512)")
     parser.add_argument("--device", type=torch.device, default=default_device(), help="default: a GPU if there is one")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"), help="results are added")
     parsed = parser.parse_args(arguments)
     asked: list[tuple[Path, Mqmtar, int]] = []
     for folder in parsed.runs:  # what is refused is refused before anything is measured
@@ -86,14 +87,14 @@ def main(arguments: list[str] | None = None) -> None:
         if with_alibi == 0:
             parser.error(f"{folder} has positions {positions}: no heads with ALiBi")
         asked.append((folder, task, with_alibi))
-    models = []
+    models: dict[str, Any] = json.loads(parsed.output.read_text())["models"] if parsed.output.exists() else {}
+    header = {**results_header(parsed.device, [SEED]), "samples": parsed.samples}
     for folder, task, with_alibi in asked:
         model = load_model(folder / "model").to(parsed.device)
         name = f"{folder.parent.name} {folder.name}"
         windows = [reach(model, task, with_alibi, parsed.samples, window) for window in tqdm(WINDOWS, desc=name)]
-        models.append({"run": name, "windows": windows})
-    header = results_header(parsed.device, [SEED])
-    write_json(parsed.output, {**header, "samples": parsed.samples, "models": models})
+        models[name] = {"header": header, "windows": windows}
+        write_json(parsed.output, {"models": models})
     print(table(models))
 
 

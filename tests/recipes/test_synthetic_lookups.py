@@ -87,11 +87,16 @@ def test_reach_writes_its_results(
     build_model(SMALL, "softmax", "nape").save_pretrained(run / "model")
     summary = {"task": "mqmtar", "task_settings": asdict(SMALL), "settings": {"positions": "nape"}}
     (run / "run.json").write_text(json.dumps(summary))
-    flags = [str(run), "--samples", "8", "--output", str(tmp_path / "reach.json"), "--device", "cpu"]
+    output = tmp_path / "reach.json"
+    output.write_text(json.dumps({"models": {"another": {"windows": [{"loss": 0.5, "queries_wrong": 3}] * 2}}}))
+    flags = [str(run), "--samples", "8", "--output", str(output), "--device", "cpu"]
     reach.main(flags)
-    (model,) = json.loads((tmp_path / "reach.json").read_text())["models"]
+    models = json.loads(output.read_text())["models"]
+    model = models[f"{tmp_path.name} run"]
+    assert list(models) == ["another", f"{tmp_path.name} run"] and model["header"]["samples"] == 8
     assert [row["window"] for row in model["windows"]] == [0, 12]
     printed = capsys.readouterr().out
+    assert "| another | 5.0e-01, 3 | 5.0e-01, 3 |" in printed
     assert "| heads with ALiBi see | all tokens | the last 12 |" in printed and "e+00, 32 |" in printed
     (run / "run.json").write_text(json.dumps({**summary, "settings": {"positions": "nope"}}))
     with pytest.raises(SystemExit):
