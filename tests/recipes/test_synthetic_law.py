@@ -101,9 +101,13 @@ def test_the_law_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     entries = json.loads(output.read_text())["runs"]["mqmtar-asentmax-nape seed0"]["lengths"]
     assert [(entry["multiple"], entry["contexts"], entry["queries"]) for entry in entries] == [(1, 3, 24), (2, 2, 32)]
     assert "mqmtar-asentmax-nape seed0 at 2x: " in capsys.readouterr().out
+    law.main([runs, "--multiples", "2", "1", "--queries", "8", "--device", "cpu", "--output", str(output)])
+    law.main([runs, "--multiples", "4", "--queries", "8", "--device", "cpu", "--output", str(output)])
+    entries = json.loads(output.read_text())["runs"]["mqmtar-asentmax-nape seed0"]["lengths"]
+    assert [(entry["multiple"], entry["contexts"]) for entry in entries] == [(1, 1), (2, 1), (4, 1)], "others stay"
     output.with_suffix(".png").unlink()
     law.main(["--report", "--output", str(output)])
-    assert output.with_suffix(".png").exists() and "| 1x | 2x |" in output.with_suffix(".md").read_text()
+    assert output.with_suffix(".png").exists() and "| 1x | 2x | 4x |" in output.with_suffix(".md").read_text()
     with pytest.raises(SystemExit):
         law.main([str(tmp_path / "copy-asentmax-nape"), "--device", "cpu", "--output", str(output)])
     assert "was trained on copy; the law is of MQMTAR's queries" in capsys.readouterr().err
