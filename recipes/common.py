@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REPOSITORY",
-    "after",
     "cpu_name",
     "default_device",
     "format_table",
@@ -95,12 +94,6 @@ def results_header(device: torch.device, seeds: Sequence[int]) -> dict[str, Any]
         "commit": _git("rev-parse", "HEAD"),
         "uncommitted": [] if not changed else [line[3:] for line in changed.splitlines()],
     }
-
-
-def after(earlier: dict[str, Any], header: dict[str, Any]) -> dict[str, Any]:
-    """The header of results that are added to what an earlier command measured: its commands, then this one."""
-    commands = dict.fromkeys([*earlier["command"].split("; "), header["command"]])
-    return {**header, "command": "; ".join(commands)}
 
 
 def short_commit(commit: str | None) -> str:

@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.common import after, default_device, results_header, write_json
+from recipes.common import default_device, results_header, write_json
 from recipes.synthetic.measuring import measure, set_matmul_precision
 from recipes.synthetic.models import load_model
 from recipes.synthetic.tasks import TASKS, Mqmtar, Task
@@ -107,7 +107,8 @@ def evaluate_run(
         earlier = json.loads(results_file.read_text())
         if earlier["run"] == run:
             results["lengths"] = earlier["lengths"]
-            results["evaluation"] = after(earlier["evaluation"], results["evaluation"])
+            commands = [*earlier["evaluation"]["command"].split("; "), results["evaluation"]["command"]]
+            results["evaluation"]["command"] = "; ".join(dict.fromkeys(commands))
     task = task_of(run, pool)
     set_matmul_precision(task)
     model: PreTrainedModel | None = None

@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from recipes.common import after, length_axes, markdown_table, results_header, save_figure, write_json
+from recipes.common import length_axes, markdown_table, results_header, save_figure, write_json
 from recipes.synthetic.evaluate import add_measuring_flags, fewer_pairs, run_folders, task_of
 from recipes.synthetic.measuring import autocast, fixed_batches, set_matmul_precision, wilson_interval
 from recipes.synthetic.models import load_model
@@ -223,7 +223,6 @@ def main(arguments: list[str] | None = None) -> None:
         header = results_header(parsed.device, [SEED])
         if name in runs and runs[name]["run"] == run["header"]:
             lengths = {entry["multiple"]: entry for entry in runs[name]["lengths"]}
-            header = after(runs[name]["header"], header)
         for multiple in parsed.multiples:
             entry = measure_law(
                 model,
@@ -235,9 +234,9 @@ def main(arguments: list[str] | None = None) -> None:
             )
             if parsed.pool is not None:
                 entry["pool"] = parsed.pool
-            lengths[multiple] = {"multiple": multiple, **entry}
+            lengths[multiple] = {"multiple": multiple, "header": header, **entry}
             found = [lengths[key] for key in sorted(lengths)]
-            runs[name] = {"header": header, "train_length": task.max_length, "run": run["header"], "lengths": found}
+            runs[name] = {"train_length": task.max_length, "run": run["header"], "lengths": found}
             write_json(parsed.output, {"runs": runs})
             low, high = entry["e_interval"]
             tqdm.write(

@@ -105,6 +105,7 @@ def test_the_law_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     law.main([runs, "--multiples", "4", "--queries", "8", "--device", "cpu", "--output", str(output)])
     entries = json.loads(output.read_text())["runs"]["mqmtar-asentmax-nape seed0"]["lengths"]
     assert [(entry["multiple"], entry["contexts"]) for entry in entries] == [(1, 1), (2, 1), (4, 1)], "others stay"
+    assert [entry["header"]["seeds"] for entry in entries] == [[law.SEED]] * 3, "each says what measured it"
     output.with_suffix(".png").unlink()
     law.main(["--report", "--output", str(output)])
     assert output.with_suffix(".png").exists() and "| 1x | 2x | 4x |" in output.with_suffix(".md").read_text()
