@@ -24,6 +24,9 @@ class RunSettings:
     start_from: str = flag(
         "", "folder of a finished seed (run.json, model/) whose weights this run begins with, in place of random ones"
     )
+    tries: int = flag(
+        1, "how many finished runs the one of --start-from was chosen from: kept for the tables, which name their time"
+    )
     qk_norm: bool = flag(False, "queries and keys of one length each, with a learned factor a channel: Qwen3's layers")
     steps: int = flag(20_000, "updates, 0 for no limit")
     minutes: float = flag(0.0, "training time of each seed, 0 for no limit; compilation and validation don't count")
@@ -40,7 +43,11 @@ class RunSettings:
     corrupt: float = flag(
         0.0, "probability with which an answer token, as an input in training, becomes a random letter"
     )
-    ease_corrupt: bool = flag(False, "corrupt answers only once the plateau is left, over the updates of --ease-in")
+    corrupt_start: float | None = flag(
+        None,
+        "that probability before the plateau is left, from which it goes to --corrupt over the updates of --ease-in; "
+        "None: --corrupt from the start",
+    )
     jitter: float = flag(1.0, "scores of heads without ALiBi times a factor in [jitter, 1] per sample in training")
     jitter_law: str = flag("uniform", "law of jitter's factor: uniform, or log: its logarithm is uniform")
     channel_drop: float = flag(
@@ -48,6 +55,9 @@ class RunSettings:
     )
     head_drop: float = flag(
         0.0, "probability with which a head without ALiBi is left out, per sample and layer in training, all but one"
+    )
+    first_layer_drop: float = flag(
+        0.0, "probability with which a training sample has no head without ALiBi in the first layer"
     )
     alibi_window: int = flag(
         0, "in half of the training batches, heads with ALiBi see only so many tokens, the last ones; 0: all, always"
@@ -120,6 +130,11 @@ class RunSettings:
                 f"{' and '.join(without_effect)} change heads without ALiBi, and positions alibi leave none: "
                 "leave them out, or take nape or nope"
             )
+        if self.first_layer_drop > 0 and self.positions != "nape":
+            raise ValueError(
+                f"first-layer-drop leaves the first layer its heads with ALiBi, and positions {self.positions} have "
+                "not both kinds: leave it out, or take nape"
+            )
         if self.alibi_window < 0:
             raise ValueError(f"alibi-window must be at least 1, or 0 for none, got {self.alibi_window}")
         if self.alibi_window > 0 and self.positions not in ("alibi", "nape"):
@@ -129,8 +144,13 @@ class RunSettings:
             )
         if self.start_from and (self.projection_std or self.gamma_start):
             raise ValueError("projection-std and gamma-start set the weights at the start, which start-from gives")
-        if self.ease_corrupt and self.ease_in <= 0:
-            raise ValueError("ease-corrupt takes as many updates as ease-in: give --ease-in")
+        for name, share in (("corrupt", self.corrupt), ("corrupt-start", self.corrupt_start)):
+            if share is not None and not 0 <= share <= 1:
+                raise ValueError(f"{name} is a probability, from 0 to 1, got {share}")
+        if self.corrupt_start is not None and self.ease_in <= 0:
+            raise ValueError("from corrupt-start to corrupt it takes as many updates as ease-in: give --ease-in")
+        if self.tries < 1:
+            raise ValueError(f"tries counts the run that was chosen: at least 1, got {self.tries}")
         if not 0 <= self.hard_weight <= 1:
             raise ValueError(f"hard-weight must be from 0 to 1, got {self.hard_weight}")
         if not 0 <= self.beta2 < 1:
@@ -154,6 +174,11 @@ class RunSettings:
             return last
         stair = int(progress / self.alpha_until * self.alpha_stairs + 1e-9)
         return self.alpha_start + (last - self.alpha_start) * stair / self.alpha_stairs
+
+    def corrupt_at(self, eased_in: float) -> float:
+        """The probability of a corrupted answer token, when so much of --ease-in lies behind (0 to 1)."""
+        start = self.corrupt if self.corrupt_start is None else self.corrupt_start
+        return start + (self.corrupt - start) * eased_in
 
     @property
     def attention_flags(self) -> dict[str, Any]:

@@ -79,7 +79,7 @@ class Trainer:
             settings.key_noise_heads == "all",
             settings.jitter_law == "log",
         )
-        self.heads = HeadDrop(self.model, settings.head_drop, with_alibi)
+        self.heads = HeadDrop(self.model, settings.head_drop, with_alibi, settings.first_layer_drop)
         self.window = AlibiWindow(settings.alibi_window, task.heads, with_alibi, device)
         self.replay = HardReplay(settings.replay, settings.batch)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]
@@ -270,8 +270,7 @@ class Trainer:
         replaying = settings.replay > 0 and left
         if replaying:
             batch = self.replay.mix(batch, lengths)
-        strength = self._eased_in() if settings.ease_corrupt else 1.0
-        batch = corrupted_answers(batch, self.task, strength * settings.corrupt, self.data)
+        batch = corrupted_answers(batch, self.task, settings.corrupt_at(self._eased_in()), self.data)
         weighing = settings.hard_weight > 0 and left
         if choosing or replaying or weighing:
             # Judged with corrupted answers, which give nothing away; kept without.

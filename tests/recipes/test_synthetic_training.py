@@ -64,9 +64,10 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     task = replace(SMALL, near_misses_end=1.0, one_letter_end=0.3, min_queries=1, max_queries=5)
     settings = RunSettings(
         steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, jitter_law="log", channel_drop=0.1, head_drop=0.5,
+        first_layer_drop=0.5,
         key_noise=0.1, key_noise_loss=1e9, hard_candidates=2,
         ease_in=3, plateau=1e9, warmup=3, validations=2, validate_multiple=1, validate_samples=4,
-        alpha_start=1.1, alpha_until=0.6, ease_corrupt=True, average=0.5, replay=0.25, alibi_window=9,
+        alpha_start=1.1, alpha_until=0.6, corrupt_start=0.2, average=0.5, replay=0.25, alibi_window=9,
     )  # fmt: skip
     straight, resumed = trained(tmp_path / "a", task, settings), trained(tmp_path / "b", task, settings, stops=True)
     assert len(straight.log) == 3 and len(straight.validations) == 2
@@ -111,22 +112,28 @@ def test_the_average_of_the_weights_is_kept(tmp_path: Path) -> None:
         RunSettings(average=1.0)
 
 
-def test_corruption_can_wait_for_the_end_of_the_plateau(tmp_path: Path) -> None:
-    settings = RunSettings(steps=8, batch=64, corrupt=1.0, ease_corrupt=True, ease_in=4, plateau=1e9, log_every=1)
+def test_corruption_goes_from_one_share_to_another_after_the_plateau(tmp_path: Path) -> None:
+    settings = RunSettings(steps=8, batch=64, corrupt=1.0, corrupt_start=0.25, ease_in=4, plateau=1e9, log_every=1)
+    assert [settings.corrupt_at(part) for part in (0.0, 0.5, 1.0)] == [0.25, 0.625, 1.0]
+    assert replace(settings, corrupt_start=None).corrupt_at(0.0) == 1.0
     trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
 
-    def wrong_inputs() -> int:
+    def wrong_inputs() -> float:
         batch, _ = trainer._next_batch(0.0)
         letters = batch.inputs[:, batch.answer_letters]
-        return int((letters != batch.labels[:, batch.answer_letters - batch.answer_letters[0] + 1]).sum())
+        return (letters != batch.labels[:, batch.answer_letters - batch.answer_letters[0] + 1]).float().mean().item()
 
-    assert wrong_inputs() == 0
+    assert 0.1 < wrong_inputs() < 0.4
     trainer.left_plateau, trainer.step = {"step": 0}, 2
-    some = wrong_inputs()
+    assert 0.45 < wrong_inputs() < 0.8
     trainer.step = 4
-    assert 0 < some < wrong_inputs()
+    assert wrong_inputs() > 0.95
     with pytest.raises(ValueError, match="give --ease-in"):
-        RunSettings(ease_corrupt=True)
+        RunSettings(corrupt_start=0.5)
+    with pytest.raises(ValueError, match="corrupt-start is a probability, from 0 to 1, got 2"):
+        RunSettings(corrupt_start=2.0, ease_in=4)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        RunSettings(tries=0)
 
 
 def test_key_noise_follows_the_loss(tmp_path: Path) -> None:
