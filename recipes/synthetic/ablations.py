@@ -37,6 +37,7 @@ VARIANTS: dict[str, str] = {
     "base": "",
     "no corrupted answers": "--corrupt 0",
     "all answers corrupted": "--corrupt 1",
+    "all answers corrupted, from the plateau on": "--corrupt 1 --corrupt-start 0.5",
     "no jitter": "--jitter 1",
     "no key noise": "--key-noise 0",
     "corrupted answers alone": "--jitter 1 --key-noise 0",
@@ -140,9 +141,12 @@ def _figure(results: dict[str, Any], file: Path) -> None:
     drawing, axes = pyplot.subplots(figsize=(8.0, max(3.0, 2.0 + 0.28 * len(names))))
     color, marker = OURS
     for row, name in enumerate(names):
-        for run in results["variants"][name].values():
+        runs = list(results["variants"][name].values())
+        if never := sum(run["validation"] is None for run in runs):
+            text = f"plateau not left ({never} of {len(runs)} seeds)"
+            axes.text(0.99, row, text, ha="right", va="center", transform=axes.get_yaxis_transform())
+        for run in runs:
             if run["validation"] is None:
-                axes.text(0.99, row, "plateau not left", ha="right", va="center", transform=axes.get_yaxis_transform())
                 continue
             low, high = run["validation"]["e_interval"]
             smallest = 1 / (run["validation"]["pairs"] * run["validation"]["queries"])

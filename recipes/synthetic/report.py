@@ -46,7 +46,7 @@ __all__ = [
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
 # Settings that say nothing about how a model came to be, or have a column of their own.
 _UNNAMED = {"method", "positions", "steps", "minutes", "log_every", "save_every", "plateau", "compile"}
-_UNNAMED |= {"validations", "validate_multiple", "validate_samples", "start_from", "give_up"}
+_UNNAMED |= {"validations", "validate_multiple", "validate_samples", "start_from", "tries", "give_up"}
 # One color a method in every figure; published rows are gray.
 _COLORED = ("asentmax", "softmax", "entmax", "ssmax", "adaptive_temperature", "topk", "stick_breaking")
 _COLORS = dict(zip(_COLORED, (OURS[0], *(color for color, _ in OTHERS[1:5]), "#e69f00", "#8c510a"), strict=True))
@@ -99,21 +99,30 @@ def in_all(run: dict[str, Any], what: str) -> float:
     return run[what] + (run.get("started_from") or {what: 0})[what]
 
 
+def _chain(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs, each from the weights of the one before, that a model comes from."""
+    return [*(_chain(run["started_from"]) if run.get("started_from") else []), run]
+
+
 def first_run(run: dict[str, Any]) -> dict[str, Any]:
     """The first of the runs, each from the weights of the one before, that a model comes from."""
-    return first_run(run["started_from"]) if run.get("started_from") else run
+    return _chain(run)[0]
 
 
 def in_vain(runs: list[dict[str, Any]]) -> str:
-    """In words, the time that `in_all` lacks: first runs that mqmtar.sh made before the one that it went on from.
+    """In words, the time that `in_all` lacks: the first runs that mqmtar.sh made and did not go on from."""
+    vain = [_tries(run) - 1 for run in runs]
+    minutes = sum(number * first_run(run)["settings"]["minutes"] for number, run in zip(vain, runs, strict=True))
+    count = f"{sum(vain)} first run{'s' if sum(vain) > 1 else ''}"
+    return f" (without {count}, {minutes:.1f} minutes, whose validation was worse)" if sum(vain) else ""
 
-    It takes the seed 100 further each time.
-    """
-    firsts = [first_run(run) for run in runs]
-    tries = [max(0, first["seed"] - run["seed"]) // 100 for first, run in zip(firsts, runs, strict=True)]
-    minutes = sum(number * first["settings"]["minutes"] for number, first in zip(tries, firsts, strict=True))
-    count = f"{sum(tries)} first run{'s' if sum(tries) > 1 else ''}"
-    return f" (without {count}, {minutes:.1f} minutes, whose validation was bad)" if sum(tries) else ""
+
+def _tries(run: dict[str, Any]) -> int:
+    """How many first runs there were to go on from. Before `--tries`, those up to the one taken, 100 seeds apart."""
+    first, *further = _chain(run)
+    if not further:
+        return 1
+    return further[0]["settings"].get("tries") or 1 + max(0, first["seed"] - run["seed"]) // 100
 
 
 def _stages(run: dict[str, Any], task: str | None = None) -> list[dict[str, Any]]:
@@ -158,7 +167,7 @@ def grouped(results: list[dict[str, Any]]) -> list[Group]:
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for result in results:
         run = result["run"]
-        budget = f"{run['settings']['steps']} {run['settings']['minutes']}"
+        budget = " ".join(f"{one['settings']['steps']} {one['settings']['minutes']}" for one in _chain(run))
         settings = (run["settings"]["method"], run["settings"]["positions"], _changed(run), budget)
         groups[(run["task"], run["track"], *settings, run.get("caveat", ""))].append(result)
     made = []
