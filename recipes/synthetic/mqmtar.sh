@@ -10,13 +10,13 @@
 # batches. The third run is like the second, at half its rate, on samples with near misses.
 #
 # A first run can end with an e (wrong queries / queries / pairs, at 64x, in its validation) of 5e-6 or 5e-4, and what
-# comes of it follows from that: below 2e-5 second runs reach 100%, and none has mended 5e-4. So one above GOOD (2e-5),
-# or that stays on the plateau, is followed by another, of the seed 100 further, until there were TRIES (4); where none
-# is good, the best one goes on. Methods that never are good get as many.
+# comes of it follows from that: below 2e-5 each of three second runs reached 100%, and none has mended 5e-4. So one
+# above GOOD (2e-5), or that stays on the plateau, is followed by another, of the seed 100 further, until there were
+# TRIES (4); where none is good, the best one goes on. Methods that never are good get as many.
 #
 # METHOD is the attention (default asentmax), MINUTES (own 3.2, paper 1.6), MORE_MINUTES (own 1.2, paper 8.5) and
-# THIRD_MINUTES (4) are the training times, RUNS the folder, FLAGS go to every run, MORE_FLAGS to the second alone, THIRD_FLAGS to the third,
-# EVALUATE_FLAGS to the last one's test; with FIRST_ONLY=1 one first run is all (ablations.py).
+# THIRD_MINUTES (4) are the training times, RUNS the folder, FLAGS go to every run, MORE_FLAGS to the second alone,
+# THIRD_FLAGS to the third, EVALUATE_FLAGS to the last one's test; with FIRST_ONLY=1 one first run is all (ablations.py).
 set -euo pipefail
 if [[ ${1:---help} == --help ]]; then
     sed -n '2,/^set/{/^#/s/^# \?//p}' "$0"
