@@ -138,34 +138,27 @@ class HeadDrop:
     look up the same outvote each other's errors; once their majority is right the loss says nothing of the others, and
     what is wrong in a few heads at a training length is wrong in most of them among a thousand times as many keys.
 
-    In the first layer they can also be left out all together: what is left are heads with ALiBi, and so what stands
-    nearby. Those without tell where a token stands, counted from the beginning, which finds a place in a short context
-    and in no long one.
-
     Args:
         model: a model of this recipe.
         probability: with which a head is left out, of all but one.
         alibi_heads: how many heads, from the first, always stay.
-        first_layer: probability with which a sample has none of them in the first layer.
     """
 
-    def __init__(self, model: PreTrainedModel, probability: float, alibi_heads: int, first_layer: float = 0.0) -> None:
+    def __init__(self, model: PreTrainedModel, probability: float, alibi_heads: int) -> None:
         if not 0 <= probability < 1:
             raise ValueError(f"the probability of leaving a head out must be at least 0 and below 1, got {probability}")
-        if not 0 <= first_layer <= 1:
-            raise ValueError(f"the probability of leaving out the first layer's must be from 0 to 1, got {first_layer}")
-        self.probability, self.first_layer = probability, first_layer
+        self.probability = probability
         self._layers = len(model.model.layers)
         self._heads, self._always = model.config.num_attention_heads - alibi_heads, alibi_heads
         self._head_dim = model.config.head_dim
         self._factors: list[torch.Tensor] | None = None  # of each layer, (samples, 1, channels)
-        self._on = (probability > 0 or first_layer > 0) and self._heads > 0
-        for index, layer in enumerate(model.model.layers if self._on else []):
-            layer.self_attn.o_proj.register_forward_pre_hook(partial(self._kept, index))
+        if probability > 0 and self._heads > 0:
+            for index, layer in enumerate(model.model.layers):
+                layer.self_attn.o_proj.register_forward_pre_hook(partial(self._kept, index))
 
     def draw(self, size: int, generator: torch.Generator, strength: float = 1.0) -> None:
-        """Which heads each of the next `size` samples keeps; the probabilities are times `strength`."""
-        if not self._on:
+        """Which heads each of the next `size` samples keeps; a head is left out with strength x probability."""
+        if self.probability == 0 or self._heads == 0:
             return
         device = generator.device
         shape = (self._layers, size, self._heads)
@@ -173,9 +166,6 @@ class HeadDrop:
         one = torch.randint(self._heads, (*shape[:2], 1), generator=generator, device=device)
         kept = kept.scatter(2, one, True)
         factor = kept * (self._heads / kept.sum(dim=2, keepdim=True))
-        if self.first_layer > 0:
-            there = torch.rand((size, 1), generator=generator, device=device) >= strength * self.first_layer
-            factor = torch.cat([factor[:1] * there, factor[1:]])
         factor = torch.cat([factor.new_ones((*shape[:2], self._always)), factor], dim=2)
         self._factors = list(factor.repeat_interleave(self._head_dim, dim=2)[:, :, None].unbind())
 

@@ -56,9 +56,6 @@ class RunSettings:
     head_drop: float = flag(
         0.0, "probability with which a head without ALiBi is left out, per sample and layer in training, all but one"
     )
-    first_layer_drop: float = flag(
-        0.0, "probability with which a training sample has no head without ALiBi in the first layer"
-    )
     alibi_window: int = flag(
         0, "in half of the training batches, heads with ALiBi see only so many tokens, the last ones; 0: all, always"
     )
@@ -129,11 +126,6 @@ class RunSettings:
             raise ValueError(
                 f"{' and '.join(without_effect)} change heads without ALiBi, and positions alibi leave none: "
                 "leave them out, or take nape or nope"
-            )
-        if self.first_layer_drop > 0 and self.positions != "nape":
-            raise ValueError(
-                f"first-layer-drop leaves the first layer its heads with ALiBi, and positions {self.positions} have "
-                "not both kinds: leave it out, or take nape"
             )
         if self.alibi_window < 0:
             raise ValueError(f"alibi-window must be at least 1, or 0 for none, got {self.alibi_window}")

@@ -79,7 +79,7 @@ class Trainer:
             settings.key_noise_heads == "all",
             settings.jitter_law == "log",
         )
-        self.heads = HeadDrop(self.model, settings.head_drop, with_alibi, settings.first_layer_drop)
+        self.heads = HeadDrop(self.model, settings.head_drop, with_alibi)
         self.window = AlibiWindow(settings.alibi_window, task.heads, with_alibi, device)
         self.replay = HardReplay(settings.replay, settings.batch)
         self.forward: nn.Module = torch.compile(self.model) if settings.compile else self.model  # type: ignore[assignment]

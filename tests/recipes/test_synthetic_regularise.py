@@ -167,27 +167,6 @@ def test_of_the_dropped_heads_one_stays_and_the_sum_too() -> None:
         HeadDrop(build_model(SMALL, "entmax", "nape"), 1.0, 2)
 
 
-@pytest.mark.parametrize("probability", [0.0, 0.5])
-def test_the_first_layer_can_be_left_to_heads_with_alibi(probability: float) -> None:
-    model = build_model(SMALL, "asentmax", "nape").train()
-    drop = HeadDrop(model, probability, 2, first_layer=0.75)
-    drop.draw(1000, torch.Generator().manual_seed(0))
-    assert drop._factors is not None
-    first, *others = (factor.unflatten(2, (SMALL.heads, SMALL.head_dim))[:, 0, :, 0] for factor in drop._factors)
-    assert bool((first[:, :2] == 1).all()) and all(bool((other.sum(dim=1) > 2).all()) for other in others)
-    without = (first[:, 2:] == 0).all(dim=1)
-    assert abs(float(without.float().mean()) - 0.75) < 0.04
-    if probability == 0:
-        assert bool((first[~without] == 1).all()) and all(bool((other == 1).all()) for other in others)
-    drop.draw(9, torch.Generator().manual_seed(0), 0.0)
-    assert drop._factors is not None and all(bool((factor == 1).all()) for factor in drop._factors)
-    with pytest.raises(ValueError, match="from 0 to 1, got 2"):
-        HeadDrop(model, 0.5, 2, first_layer=2)
-    for positions in ("nope", "alibi", "rope"):
-        with pytest.raises(ValueError, match="leave it out, or take nape"):
-            RunSettings(first_layer_drop=0.5, positions=positions)
-
-
 def test_keys_without_alibi_get_noise_of_their_size() -> None:
     model = build_model(SMALL, "entmax", "nape").train()
     batch = SMALL.test_batch(64, 64, torch.Generator().manual_seed(0))

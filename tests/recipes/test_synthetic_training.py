@@ -64,7 +64,6 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     task = replace(SMALL, near_misses_end=1.0, one_letter_end=0.3, min_queries=1, max_queries=5)
     settings = RunSettings(
         steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, jitter_law="log", channel_drop=0.1, head_drop=0.5,
-        first_layer_drop=0.5,
         key_noise=0.1, key_noise_loss=1e9, hard_candidates=2,
         ease_in=3, plateau=1e9, warmup=3, validations=2, validate_multiple=1, validate_samples=4,
         alpha_start=1.1, alpha_until=0.6, corrupt_start=0.2, average=0.5, replay=0.25, alibi_window=9,
