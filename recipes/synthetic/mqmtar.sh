@@ -92,7 +92,8 @@ further() { # NAME START MINUTES FLAGS...: another run, from the weights of the 
     finished "$1/seed$seed" || exit 0
 }
 # shellcheck disable=SC2086
-further "$base" "$base-first/seed$best" "${MORE_MINUTES:-$more_minutes}" --tries "$made" "${second[@]}" ${FLAGS:-} ${MORE_FLAGS:-}
+further "$base" "$base-first/seed$best" "${MORE_MINUTES:-$more_minutes}" --tries "$made" "${second[@]}" \
+    ${FLAGS:-} ${MORE_FLAGS:-}
 if [[ $distribution == both ]]; then
     # shellcheck disable=SC2086
     further both "paper/seed$seed" "${THIRD_MINUTES:-4}" --lr 4e-4 "${hard[@]}" "${near[@]}" ${FLAGS:-} ${THIRD_FLAGS:-}

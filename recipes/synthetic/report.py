@@ -125,16 +125,18 @@ def _tries(run: dict[str, Any]) -> int:
     return further[0]["settings"].get("tries") or 1 + max(0, first["seed"] - run["seed"]) // 100
 
 
-def _stages(run: dict[str, Any], task: str | None = None) -> list[dict[str, Any]]:
+def _stages(run: dict[str, Any]) -> list[dict[str, Any]]:
     """A run's settings that differ from their defaults, and its minutes, after those of the runs that it began with."""
-    task = task or run["task"]
-    own = {"minutes": run["settings"]["minutes"]}
-    for settings_class, values in ((RunSettings, run["settings"]), (TASKS[task], run["task_settings"])):
-        for item in fields(settings_class):
-            value = values.get(item.name, item.default)
-            if item.name not in _UNNAMED and value != item.default:
-                own[item.name.replace("_", " ")] = value
-    return [*(_stages(run["started_from"], task) if run.get("started_from") else []), own]
+    stages = []
+    for one in _chain(run):
+        stage = {"minutes": one["settings"]["minutes"]}
+        for settings_class, values in ((RunSettings, one["settings"]), (TASKS[run["task"]], one["task_settings"])):
+            for item in fields(settings_class):
+                value = values.get(item.name, item.default)
+                if item.name not in _UNNAMED and value != item.default:
+                    stage[item.name.replace("_", " ")] = value
+        stages.append(stage)
+    return stages
 
 
 def _changed(run: dict[str, Any]) -> str:

@@ -143,6 +143,10 @@ class RunSettings:
             raise ValueError("from corrupt-start to corrupt it takes as many updates as ease-in: give --ease-in")
         if self.tries < 1:
             raise ValueError(f"tries counts the run that was chosen: at least 1, got {self.tries}")
+        if self.tries > 1 and not self.start_from:
+            raise ValueError(
+                "tries says what the run of start-from was chosen from: give --start-from, or leave it out"
+            )
         if not 0 <= self.hard_weight <= 1:
             raise ValueError(f"hard-weight must be from 0 to 1, got {self.hard_weight}")
         if not 0 <= self.beta2 < 1:

@@ -106,6 +106,9 @@ def test_a_run_begins_with_another_s_weights(tmp_path: Path) -> None:
     hotter = copy.deepcopy(result)
     hotter["run"]["settings"] |= {"minutes": 2.0, "warmup": 7}
     hotter["run"]["started_from"]["settings"]["head_drop"] = 0.5
+    longer = copy.deepcopy(result)
+    longer["run"]["started_from"]["settings"]["minutes"] = 2.0
+    assert len(report.grouped([result, longer])) == 2, "settings are apart by the minutes of every run"
     text = report.markdown(report.grouped([result, hotter]))
     assert text.count("near misses 0.5") == 1, "one row's settings in full, the other's next to them"
     assert "as asentmax + nape (a), but run 1: head drop 0.0; run 2: minutes 0.0, warmup 500" in text
@@ -137,6 +140,8 @@ def test_the_best_of_two_settings_and_the_time_that_their_minutes_lack() -> None
     runs = [group.results[0]["run"] for group in (worse, better)]
     assert report.in_vain(runs) == " (without 2 first runs, 3.0 minutes, whose validation was worse)"
     assert report.in_vain(runs[:1]) == ""
+    counted = {"seed": 1, "settings": {"minutes": 4.0, "tries": 4}, "started_from": {**earlier, "seed": 1}}
+    assert report.in_vain([counted]) == " (without 3 first runs, 4.5 minutes, whose validation was worse)"
 
 
 @pytest.mark.parametrize("distribution", ["own", "paper", "both"])

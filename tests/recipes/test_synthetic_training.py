@@ -133,6 +133,8 @@ def test_corruption_goes_from_one_share_to_another_after_the_plateau(tmp_path: P
         RunSettings(corrupt_start=2.0, ease_in=4)
     with pytest.raises(ValueError, match="at least 1, got 0"):
         RunSettings(tries=0)
+    with pytest.raises(ValueError, match="give --start-from"):
+        RunSettings(tries=2)
 
 
 def test_key_noise_follows_the_loss(tmp_path: Path) -> None:
