@@ -1,4 +1,4 @@
-"""What is done in training only: corrupted answers, changed scores, heads left out, a window for ALiBi."""
+"""What is done in training only: corrupted inputs, changed scores, heads left out, a window for ALiBi."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from recipes.synthetic.tasks import Batch, Task
 
-__all__ = ["AlibiWindow", "HeadDrop", "ScoreJitter", "corrupted_answers"]
+__all__ = ["AlibiWindow", "HeadDrop", "ScoreJitter", "corrupted_answers", "corrupted_questions"]
 
 
 def corrupted_answers(batch: Batch, task: Task, probability: float, generator: torch.Generator) -> Batch:
@@ -27,6 +27,27 @@ def corrupted_answers(batch: Batch, task: Task, probability: float, generator: t
     noise = torch.randint(task.FIRST_LETTER, task.data_tokens, answer.shape, generator=generator, device=answer.device)
     chosen = torch.rand(answer.shape, generator=generator, device=answer.device) < probability
     inputs[:, batch.answer_letters] = torch.where(chosen, noise, answer)
+    return replace(batch, inputs=inputs)
+
+
+def corrupted_questions(batch: Batch, task: Task, probability: float, generator: torch.Generator) -> Batch:
+    """One letter of what is asked for, as an input, replaced by a random one; the labels stay.
+
+    The key that is asked for has to be found by the letter that is left, in its place. Of a few keys in a training
+    sample hardly two have a letter in common, so a lookup may leave a letter out, or its place, and lose next to
+    nothing; among thousands of keys it is wrong. With either letter corrupted at times, it may not.
+    """
+    if probability == 0:
+        return batch
+    letters = batch.question_letters.shape[1]
+    device = batch.inputs.device
+    asked = batch.inputs[:, batch.question_letters]  # (batch, questions, letters)
+    noise = torch.randint(task.FIRST_LETTER, task.data_tokens, asked.shape, generator=generator, device=device)
+    place = torch.randint(letters, asked.shape[:2], generator=generator, device=device)
+    chosen = torch.rand(asked.shape[:2], generator=generator, device=device) < probability
+    chosen = chosen[..., None] & (place[..., None] == torch.arange(letters, device=device))
+    inputs = batch.inputs.clone()
+    inputs[:, batch.question_letters] = torch.where(chosen, noise, asked)
     return replace(batch, inputs=inputs)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ class HardReplay:
         for whole, name in ((inputs, "inputs"), (labels, "labels")):
             old = kept[name][self._chosen].to(whole.dtype)
             whole[fresh] = torch.where(there.view(-1, *[1] * (whole.ndim - 1)), old, whole[fresh])
-        self._mixed = Batch(inputs, batch.scored_at, labels, batch.answer_letters)
+        self._mixed = replace(batch, inputs=inputs, labels=labels)
         return self._mixed
 
     @torch.no_grad()

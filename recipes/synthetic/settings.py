@@ -48,6 +48,11 @@ class RunSettings:
         "that probability before the plateau is left, from which it goes to --corrupt over the updates of --ease-in; "
         "None: --corrupt from the start",
     )
+    corrupt_questions: float = flag(
+        0.0,
+        "probability with which one letter of what is asked for, as an input in training, becomes a random letter; "
+        "comes in with --ease-in",
+    )
     jitter: float = flag(1.0, "scores of heads without ALiBi times a factor in [jitter, 1] per sample in training")
     jitter_law: str = flag("uniform", "law of jitter's factor: uniform, or log: its logarithm is uniform")
     channel_drop: float = flag(
@@ -68,8 +73,8 @@ class RunSettings:
     )
     ease_in: int = flag(
         0,
-        "updates over which jitter, drops, key noise and ALiBi's window come in once the plateau is left; 0: on from "
-        "the start",
+        "updates over which jitter, drops, key noise, ALiBi's window and corrupted questions come in once the plateau "
+        "is left; 0: on from the start",
     )
     replay: float = flag(
         0.0, "share of a batch, once the plateau is left, of samples seen before: the hardest kept, by their last loss"
@@ -136,7 +141,11 @@ class RunSettings:
             )
         if self.start_from and (self.projection_std or self.gamma_start):
             raise ValueError("projection-std and gamma-start set the weights at the start, which start-from gives")
-        for name, share in (("corrupt", self.corrupt), ("corrupt-start", self.corrupt_start)):
+        for name, share in (
+            ("corrupt", self.corrupt),
+            ("corrupt-start", self.corrupt_start),
+            ("corrupt-questions", self.corrupt_questions),
+        ):
             if share is not None and not 0 <= share <= 1:
                 raise ValueError(f"{name} is a probability, from 0 to 1, got {share}")
         if self.corrupt_start is not None and self.ease_in <= 0:

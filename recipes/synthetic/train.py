@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from recipes.common import default_device, results_header, write_json
 from recipes.synthetic.measuring import set_matmul_precision
 from recipes.synthetic.settings import RunSettings, add_flags, from_flags
-from recipes.synthetic.tasks import TASKS
+from recipes.synthetic.tasks import TASKS, Task
 from recipes.synthetic.trainer import Trainer
 
 
@@ -31,8 +31,8 @@ def run_name(task: str, settings: RunSettings, name: str) -> str:
     return "-".join(part for part in (task, settings.method, settings.positions, name) if part)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line; see the module's description."""
+def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, Task, RunSettings]:
+    """The command line's flags, and the task and the settings that they make."""
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--task", choices=TASKS, default="mqmtar", help="what to learn (default: mqmtar)")
     task_class = TASKS[first.parse_known_args(arguments)[0].task]
@@ -48,8 +48,12 @@ def main(arguments: list[str] | None = None) -> None:
     add_flags(parser, task_class, f"the task {task_class.name}: data, model size, learning rate")
     add_flags(parser, RunSettings, "the run")
     parsed = parser.parse_args(arguments)
-    task, settings = from_flags(task_class, parsed), from_flags(RunSettings, parsed)
+    return parsed, from_flags(task_class, parsed), from_flags(RunSettings, parsed)
 
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; see the module's description."""
+    parsed, task, settings = parse(arguments)
     logging.disable_progress_bar()
     set_matmul_precision(task)
     start = time.monotonic()

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 import hf_asentmax
 from recipes.synthetic.measuring import VALIDATION_SEED, autocast, measure
 from recipes.synthetic.models import alibi_heads, build_model, load_model, outputs_at
-from recipes.synthetic.regularise import AlibiWindow, HeadDrop, ScoreJitter, corrupted_answers
+from recipes.synthetic.regularise import AlibiWindow, HeadDrop, ScoreJitter, corrupted_answers, corrupted_questions
 from recipes.synthetic.replay import HardReplay
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import IGNORED, Batch, MaxRetrieval, Task
@@ -68,6 +68,7 @@ class Trainer:
                 f"alibi-window must be smaller than a sample, {task.padded_shape()[0]} tokens at most, to have an "
                 f"effect; got {settings.alibi_window}"
             )
+        _refuse_corruption_of_nothing(task, settings)
         with_alibi = alibi_heads(settings.positions, task.heads)
         self.averaged = copy.deepcopy(self.model).eval().requires_grad_(False) if settings.average > 0 else None
         self.jitter = ScoreJitter(
@@ -285,7 +286,9 @@ class Trainer:
         weights = scored / scored.sum()
         if weighing:
             weights = torch.lerp(weights, hardness / hardness.sum().clamp(min=1e-30), settings.hard_weight)
-        return batch, weights
+        # Last: a sample whose question was corrupted would be hard by that.
+        share = settings.corrupt_questions * self._eased_in()
+        return corrupted_questions(batch, self.task, share, self.data), weights
 
     @torch.no_grad()
     def _hardness(self, batch: Batch) -> torch.Tensor:
@@ -378,6 +381,17 @@ class Trainer:
         """What must agree for a checkpoint to go on."""
         task = {"name": self.task.name, **asdict(self.task)}
         return {"task": task, "settings": asdict(self.settings), "seed": self.seed}
+
+
+def _refuse_corruption_of_nothing(task: Task, settings: RunSettings) -> None:
+    sample = task.test_batch(1, task.max_length, torch.Generator().manual_seed(0))
+    corruptible = {
+        "corrupt": (settings.corrupt > 0 or bool(settings.corrupt_start), sample.answer_letters),
+        "corrupt-questions": (settings.corrupt_questions > 0, sample.question_letters),
+    }
+    for name, (asked_for, places) in corruptible.items():
+        if asked_for and places.numel() == 0:
+            raise ValueError(f"{name}: samples of {task.name} hold nothing that it could corrupt; leave it out")
 
 
 _KIND = ("method", "positions", "qk_norm")  # what weights of equal shapes do not tell

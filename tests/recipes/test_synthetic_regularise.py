@@ -1,4 +1,4 @@
-"""What is done in training only: corrupted answers, changed scores, heads left out, noise."""
+"""What is done in training only: corrupted inputs, changed scores, heads left out, noise."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from recipes.synthetic.models import METHODS, build_model, load_model, outputs_at
-from recipes.synthetic.regularise import AlibiWindow, HeadDrop, ScoreJitter, corrupted_answers
+from recipes.synthetic.regularise import AlibiWindow, HeadDrop, ScoreJitter, corrupted_answers, corrupted_questions
 from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.trainer import Trainer
 
@@ -25,6 +25,60 @@ def test_corrupted_answers_touch_answer_letters_only() -> None:
     assert torch.equal(corrupted.labels, batch.labels)
     assert corrupted.inputs[:, batch.answer_letters].min() >= SMALL.FIRST_LETTER
     assert corrupted_answers(batch, SMALL, 0.0, torch.Generator()) is batch
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_corrupted_questions_change_one_letter_of_a_key_that_is_asked_for(padded: bool) -> None:
+    batch = SMALL.test_batch(200, 64, torch.Generator().manual_seed(0))
+    markers, _ = SMALL.query_markers(batch.inputs)
+    batch = batch.padded(*SMALL.padded_shape()).select(slice(0, 150)) if padded else batch
+    assert torch.equal(batch.question_letters, markers[0, :, None] + torch.tensor([1, 2]))
+    corrupted = corrupted_questions(batch, SMALL, 0.5, torch.Generator().manual_seed(1))
+    changed = corrupted.inputs != batch.inputs
+    of_questions = changed[:, batch.question_letters]
+    assert changed.sum() == of_questions.sum() and of_questions.sum(dim=2).max() == 1
+    assert 0.4 < of_questions.any(dim=2).float().mean() < 0.6
+    first, second = of_questions.float().mean(dim=(0, 1))
+    assert 0.2 < first < 0.3 and 0.2 < second < 0.3
+    assert torch.equal(corrupted.labels, batch.labels)
+    assert corrupted.inputs[:, batch.question_letters].min() >= SMALL.FIRST_LETTER
+    assert corrupted_questions(batch, SMALL, 0.0, torch.Generator()) is batch
+
+
+def test_questions_are_corrupted_after_the_plateau_and_after_what_is_hard_was_chosen(tmp_path: Path) -> None:
+    settings = RunSettings(steps=8, batch=64, corrupt_questions=1.0, ease_in=4, replay=0.25, plateau=1e9, log_every=1)
+    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
+
+    def known_keys() -> float:
+        batch, _ = trainer._next_batch(0.0)
+        starts = SMALL.key_starts(batch.inputs)
+        keys = torch.stack([batch.inputs.gather(1, starts), batch.inputs.gather(1, starts + 1)], dim=2)
+        asked = batch.inputs[:, batch.question_letters]
+        return (asked[:, :, None] == keys[:, None]).all(dim=3).any(dim=2).float().mean().item()
+
+    assert known_keys() == 1
+    trainer.left_plateau, trainer.step = {"step": 0}, 2
+    assert 0.3 < known_keys() < 0.7
+    trainer.step = 4
+    assert known_keys() < 0.2
+    (kept,) = trainer.replay._kept.values()
+    stored = kept["inputs"][kept["losses"] >= 0]
+    assert len(stored) > 0
+    starts, (markers, _) = SMALL.key_starts(stored), SMALL.query_markers(stored)
+    first = stored.gather(1, markers + 1)
+    assert bool((first[:, :, None] == stored.gather(1, starts)[:, None]).any(dim=2).all()), "kept without"
+
+
+def test_corruption_needs_something_to_corrupt(tmp_path: Path) -> None:
+    copy, two_back = small("copy"), small("two_back")
+    with pytest.raises(ValueError, match="corrupt-questions: samples of copy hold nothing that it could corrupt"):
+        Trainer(copy, RunSettings(steps=1, corrupt_questions=0.5), 0, tmp_path, CPU)
+    for settings in (RunSettings(steps=1, corrupt=0.5), RunSettings(steps=1, corrupt_start=0.5, ease_in=1)):
+        with pytest.raises(ValueError, match="corrupt: samples of two_back hold nothing"):
+            Trainer(two_back, settings, 0, tmp_path, CPU)
+    Trainer(copy, RunSettings(steps=1, corrupt=0.5), 0, tmp_path, CPU)
+    with pytest.raises(ValueError, match="corrupt-questions is a probability, from 0 to 1, got 1.5"):
+        RunSettings(corrupt_questions=1.5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -38,12 +38,14 @@ class Batch:
         scored_at: (targets,) int64, the positions whose outputs are scored, the same in every sample.
         labels: (batch, targets) int64, the right output at each of them, or IGNORED.
         answer_letters: (letters,) int64, the positions of answer tokens that training may corrupt as inputs.
+        question_letters: (questions, letters) int64, the positions of what is asked for; none in most tasks.
     """
 
     inputs: torch.Tensor
     scored_at: torch.Tensor
     labels: torch.Tensor
     answer_letters: torch.Tensor
+    question_letters: torch.Tensor = field(default_factory=lambda: torch.empty((0, 0), dtype=torch.int64))
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
@@ -55,7 +57,7 @@ class Batch:
 
     def select(self, rows: torch.Tensor | slice) -> Batch:
         """Some of the samples."""
-        return Batch(self.inputs[rows], self.scored_at, self.labels[rows], self.answer_letters)
+        return replace(self, inputs=self.inputs[rows], labels=self.labels[rows])
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -71,7 +73,7 @@ class Batch:
         more = targets - self.scored_at.shape[0]
         scored_at = torch.nn.functional.pad(self.scored_at, (0, more))
         labels = torch.nn.functional.pad(self.labels, (0, more), value=IGNORED)
-        return Batch(inputs, scored_at, labels, self.answer_letters)
+        return replace(self, inputs=inputs, scored_at=scored_at, labels=labels)
 
     @staticmethod
     def concatenated(batches: Sequence[Batch]) -> Batch:
@@ -81,7 +83,7 @@ class Batch:
         padded = [batch.padded(length, targets) for batch in batches]
         inputs = torch.cat([batch.inputs for batch in padded])
         labels = torch.cat([batch.labels for batch in padded])
-        return Batch(inputs, longest.scored_at, labels, longest.answer_letters)
+        return replace(longest, inputs=inputs, labels=labels)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ queries) changes the training data alone, never the test data.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import ClassVar
 
@@ -151,7 +151,9 @@ class Mqmtar(Task):
         answer = torch.cat([marker, values.gather(1, asked)], dim=2).flatten(1)
         source = slots.flatten(1)
         prompt = torch.cat([self._marker(self.bos, source), source, query, self._marker(self.sep, source)], dim=1)
-        return self._answered(prompt, answer, corruptible=torch.arange(1, 3 * queries, 3, device=device))
+        batch = self._answered(prompt, answer, corruptible=torch.arange(1, 3 * queries, 3, device=device))
+        first_letters = 2 + source.shape[1] + torch.arange(0, 3 * queries, 3, device=device)
+        return replace(batch, question_letters=first_letters[:, None] + torch.arange(2, device=device))
 
 
 def confusable(
