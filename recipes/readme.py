@@ -256,7 +256,7 @@ def _beyond() -> list[str]:
         texts.append(
             f"Beyond that: seed {run['seed']} trained on {TRACKS[run['track']]} with a learning rate of "
             f"{run['task_settings']['lr']:g} in its second run has {', '.join(each)}. "
-            "[How](recipes/synthetic/README.md#beyond-1024x)."
+            "[How](recipes/synthetic/findings.md#beyond-1024x)."
         )
     return texts
 
@@ -346,7 +346,7 @@ def synthetic(*contents: dict[str, Any]) -> str:
             "![Exact match against length](recipes/synthetic/results/mqmtar-paper.png)",
             "Multi-query multi-token associative recall, trained on at most 64 tokens, exact match in %:",
             markdown_table(["", *(f"{64 * multiple:,} ({multiple}x)" for multiple in shown)], rows),
-            *(f"† {text}" for text in caveats(compared, "recipes/synthetic/README.md")),
+            *(f"† {text}" for text in caveats(compared, "recipes/synthetic/findings.md")),
             "\n".join([*notes, *_SYNTHETIC_NOTES]),
             *_beyond(),
             *origins,

@@ -38,6 +38,7 @@ VARIANTS: dict[str, str] = {
     "no corrupted answers": "--corrupt 0",
     "all answers corrupted": "--corrupt 1",
     "all answers corrupted, from the plateau on": "--corrupt 1 --corrupt-start 0.5",
+    "questions corrupted": "--corrupt-questions 0.3",
     "no jitter": "--jitter 1",
     "no key noise": "--key-noise 0",
     "corrupted answers alone": "--jitter 1 --key-noise 0",

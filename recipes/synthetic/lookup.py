@@ -54,6 +54,7 @@ class Variant:
         head_drop: probability with which a head is left out, per sample, of all but one.
         gain: g at the start.
         replay: share of a batch that are hard samples seen before, from a quarter of the run on.
+        corrupt: probability with which one letter of the query is a random one.
     """
 
     near: float = 0.5
@@ -62,6 +63,7 @@ class Variant:
     head_drop: float = 0.0
     gain: float = 30.0
     replay: float = 0.0
+    corrupt: float = 0.0
 
 
 VARIANTS = {
@@ -79,6 +81,8 @@ VARIANTS = {
     "no near misses, head drop 0.9": Variant(near=0.0, head_drop=0.9),
     "no near misses, replay 0.125": Variant(near=0.0, replay=0.125),
     "no near misses, head drop 0.75, replay 0.125": Variant(near=0.0, head_drop=0.75, replay=0.125),
+    "no near misses, corrupted queries 0.3": Variant(near=0.0, corrupt=0.3),
+    "no near misses, head drop 0.75, corrupted queries 0.3": Variant(near=0.0, head_drop=0.75, corrupt=0.3),
 }
 
 
@@ -105,6 +109,15 @@ class Lookup(nn.Module):
         return self.projections[side](hidden).unflatten(-1, (HEADS, HEAD_DIM))
 
 
+def _corrupted(words: torch.Tensor, probability: float) -> torch.Tensor:
+    """(batch, 2) words, one letter of some of them a random one."""
+    if probability == 0:
+        return words
+    letters = torch.randint(Mqmtar.FIRST_LETTER, Mqmtar.FIRST_LETTER + Mqmtar.LETTERS, words.shape)
+    place = torch.randint(2, (len(words), 1)) == torch.arange(2)
+    return torch.where(place & (torch.rand(len(words), 1) < probability), letters, words)
+
+
 def _as_batch(words: torch.Tensor, asked: torch.Tensor) -> Batch:
     nowhere = torch.zeros(1, dtype=torch.int64)
     return Batch(words, nowhere, asked[:, None], nowhere)
@@ -128,7 +141,8 @@ def train(variant: Variant, seed: int, steps: int) -> Lookup:
         if replays:
             mixed = replay.mix(_as_batch(words, asked), "")
             words, asked = mixed.inputs, mixed.labels[:, 0]
-        query, key = model(words[torch.arange(BATCH), asked], "query"), model(words, "key")
+        query = model(_corrupted(words[torch.arange(BATCH), asked], variant.corrupt), "query")
+        key = model(words, "key")
         size = key.detach().square().mean(dim=-1, keepdim=True).sqrt()
         key = key + variant.noise * size * torch.randn_like(key)
         scores = torch.einsum("bhd,bnhd->bhn", query, key) / HEAD_DIM**0.5

@@ -94,7 +94,7 @@ def card(group: Group) -> str:
         seed=run["seed"],
         commands="\n".join(_commands(run)),
         limits=f"{_each_seed(group) if many else 'One seed.'} {_LIMITS[group.track]}"
-        + "".join(f" {text}" for text in caveats([group], "../recipes/synthetic/README.md")),
+        + "".join(f" {text}" for text in caveats([group], "../recipes/synthetic/findings.md")),
     )
     return str(made).rstrip() + "\n"
 

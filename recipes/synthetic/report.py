@@ -54,7 +54,7 @@ TRACKS = {"paper": "the paper's distribution", "own": "a distribution of our own
 # What is wrong with a run that stays in the tables as it was measured: "caveat" in its results file.
 _CAVEATS = {
     "wrong gradients": "trained with gradients that torch.compile got wrong (before commit 838291d; SSMax's were not "
-    "looked at; [what is known of it]({readme}#jumps)): what was tested is right, what the settings do is not known "
+    "looked at; [what is known of it]({findings}#jumps)): what was tested is right, what the settings do is not known "
     "from it"
 }
 
@@ -200,9 +200,9 @@ def best(groups: list[Group]) -> Group:
     return max(groups, key=rank)
 
 
-def caveats(groups: list[Group], readme: str) -> list[str]:
-    """What is wrong with any of the groups, a sentence each; `readme` is this recipe's README.md, for a link."""
-    texts = (_CAVEATS[key].format(readme=readme) for key in dict.fromkeys(group.caveat for group in groups) if key)
+def caveats(groups: list[Group], findings: str) -> list[str]:
+    """What is wrong with any of the groups, a sentence each; `findings` is the path of findings.md, for a link."""
+    texts = (_CAVEATS[key].format(findings=findings) for key in dict.fromkeys(group.caveat for group in groups) if key)
     return [f"{text[0].upper()}{text[1:]}." for text in texts]
 
 
@@ -233,7 +233,7 @@ def markdown(groups: list[Group]) -> str:
         if task == "mqmtar":
             parts.append("The query-error law: e = wrong queries / queries / pairs, over all seeds, x 1e-6.\n")
             parts.append(_law_table(members))
-        parts.extend(f"† {text}\n" for text in caveats(members, "../README.md"))
+        parts.extend(f"† {text}\n" for text in caveats(members, "../findings.md"))
         parts.append(_settings(members))
     sources = "\n".join(f"- {name}: {text}" for name, text in PUBLISHED["sources"].items())
     return "# Synthetic tasks\n\n" + "\n".join(parts) + f"\nPublished rows:\n{sources}\n"
