@@ -54,7 +54,10 @@ class Variant:
         head_drop: probability with which a head is left out, per sample, of all but one.
         gain: g at the start.
         replay: share of a batch that are hard samples seen before, from a quarter of the run on.
-        corrupt: probability with which one letter of the query is a random one.
+        corrupt: probability with which one letter of the query is another one: a random one or, half of the time, one
+            that another key has in the other place.
+        alike: size of the noise that tells a letter's embeddings of the two places apart at the start; None: each has
+            its own.
     """
 
     near: float = 0.5
@@ -64,6 +67,7 @@ class Variant:
     gain: float = 30.0
     replay: float = 0.0
     corrupt: float = 0.0
+    alike: float | None = None
 
 
 VARIANTS = {
@@ -83,13 +87,20 @@ VARIANTS = {
     "no near misses, head drop 0.75, replay 0.125": Variant(near=0.0, head_drop=0.75, replay=0.125),
     "no near misses, corrupted queries 0.3": Variant(near=0.0, corrupt=0.3),
     "no near misses, head drop 0.75, corrupted queries 0.3": Variant(near=0.0, head_drop=0.75, corrupt=0.3),
+    "places alike, no near misses, head drop 0.75": Variant(near=0.0, head_drop=0.75, alike=0.05),
+    "places alike, no near misses, head drop 0.75, replay 0.125": Variant(
+        near=0.0, head_drop=0.75, replay=0.125, alike=0.05
+    ),
+    "places alike, no near misses, head drop 0.75, corrupted queries 0.3": Variant(
+        near=0.0, head_drop=0.75, corrupt=0.3, alike=0.05
+    ),
 }
 
 
 class Lookup(nn.Module):
     """Queries and keys of words."""
 
-    def __init__(self, gain: float) -> None:
+    def __init__(self, gain: float, alike: float | None = None) -> None:
         super().__init__()
         letters = Mqmtar.FIRST_LETTER + Mqmtar.LETTERS
         self.letters = nn.ModuleDict(
@@ -97,6 +108,11 @@ class Lookup(nn.Module):
         )
         for table in self.letters.values():
             nn.init.normal_(table.weight, std=0.5)  # type: ignore[arg-type]
+        if alike is not None:
+            for side in ("query", "key"):
+                first, second = (self.letters[f"{side}{place}"] for place in (0, 1))
+                noise = alike * torch.randn(letters, WIDTH)
+                second.load_state_dict({"weight": first.state_dict()["weight"] + noise})
         self.projections = nn.ModuleDict(
             {side: nn.Linear(WIDTH, HEADS * HEAD_DIM, bias=False) for side in ("query", "key")}
         )
@@ -109,13 +125,17 @@ class Lookup(nn.Module):
         return self.projections[side](hidden).unflatten(-1, (HEADS, HEAD_DIM))
 
 
-def _corrupted(words: torch.Tensor, probability: float) -> torch.Tensor:
-    """(batch, 2) words, one letter of some of them a random one."""
-    if probability == 0:
-        return words
-    letters = torch.randint(Mqmtar.FIRST_LETTER, Mqmtar.FIRST_LETTER + Mqmtar.LETTERS, words.shape)
+def _asked(words: torch.Tensor, asked: torch.Tensor, corrupt: float) -> torch.Tensor:
+    """(batch, 2) the words that are asked for, of (batch, keys, 2), one letter of some of them another one."""
+    rows = torch.arange(len(words))
+    own = words[rows, asked]
+    if corrupt == 0:
+        return own
+    random = torch.randint(Mqmtar.FIRST_LETTER, Mqmtar.FIRST_LETTER + Mqmtar.LETTERS, own.shape)
+    misplaced = words[rows, (asked + 1 + torch.randint(KEYS - 1, asked.shape)) % KEYS].flip(1)
+    letters = torch.where(torch.rand(own.shape) < 0.5, random, misplaced)
     place = torch.randint(2, (len(words), 1)) == torch.arange(2)
-    return torch.where(place & (torch.rand(len(words), 1) < probability), letters, words)
+    return torch.where(place & (torch.rand(len(words), 1) < corrupt), letters, own)
 
 
 def _as_batch(words: torch.Tensor, asked: torch.Tensor) -> Batch:
@@ -128,7 +148,7 @@ def train(variant: Variant, seed: int, steps: int) -> Lookup:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     pool = WordPool.drawn(POOL, Mqmtar.FIRST_LETTER, Mqmtar.LETTERS, torch.Generator().manual_seed(0))
-    model = Lookup(variant.gain)
+    model = Lookup(variant.gain, variant.alike)
     replay = HardReplay(variant.replay, BATCH)
     schedule = RunSettings(warmup=WARMUP)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
@@ -141,7 +161,7 @@ def train(variant: Variant, seed: int, steps: int) -> Lookup:
         if replays:
             mixed = replay.mix(_as_batch(words, asked), "")
             words, asked = mixed.inputs, mixed.labels[:, 0]
-        query = model(_corrupted(words[torch.arange(BATCH), asked], variant.corrupt), "query")
+        query = model(_asked(words, asked, variant.corrupt), "query")
         key = model(words, "key")
         size = key.detach().square().mean(dim=-1, keepdim=True).sqrt()
         key = key + variant.noise * size * torch.randn_like(key)
@@ -163,8 +183,18 @@ def train(variant: Variant, seed: int, steps: int) -> Lookup:
 
 
 @torch.no_grad()
+def wrong_order(model: Lookup) -> float:
+    """The share of a test pool's words that lose against the same letters in the other order, by the heads' vote."""
+    pool = WordPool.drawn(POOL, Mqmtar.FIRST_LETTER, Mqmtar.LETTERS, torch.Generator().manual_seed(1))
+    words = pool.words[pool.words[:, 0] != pool.words[:, 1]]
+    keys = torch.stack([words, words.flip(1)], dim=1)
+    scores = torch.einsum("bhd,bnhd->bhn", model(words, "query"), model(keys, "key")) / HEAD_DIM**0.5
+    return round(float((entmax(scores, 1.5).mean(dim=1)[:, 0] <= 0.5).float().mean()), 5)
+
+
+@torch.no_grad()
 def test(model: Lookup, queries: int) -> dict[str, float]:
-    """e among TEST_KEYS keys, for all heads together and for one head alone; the right key's mean score."""
+    """e among TEST_KEYS keys, for all heads and for one alone; the right key's mean score; `wrong_order`."""
     generator = torch.Generator().manual_seed(1)
     pool = WordPool.drawn(POOL, Mqmtar.FIRST_LETTER, Mqmtar.LETTERS, generator)
     together, alone, own = 0, 0, []
@@ -183,6 +213,7 @@ def test(model: Lookup, queries: int) -> dict[str, float]:
         "e_of_one_head": alone / (queries * HEADS) / TEST_KEYS,
         "wrong": together,
         "score_of_the_right_key": round(float(torch.stack(own).mean()), 2),
+        "wrong_order": wrong_order(model),
     }
 
 
@@ -203,14 +234,19 @@ def main(arguments: list[str] | None = None) -> None:
         rows.append({"variant": name, "seed": seed, **asdict(VARIANTS[name]), **result})
         write_json(parsed.output, {**header, "steps": parsed.steps, "queries": parsed.queries, "rows": rows})
     print(
-        f"e among {TEST_KEYS:,} keys, median of {len(parsed.seeds)} seeds (and range); of one head; right key's score"
+        f"e among {TEST_KEYS:,} keys, median of {len(parsed.seeds)} seeds (and range); of one head; right key's score; "
+        "words that lose against their letters in the other order, %"
     )
     for name in parsed.variants:
         of_variant = [row for row in rows if row["variant"] == name]
         e = sorted(row["e"] for row in of_variant)
         single = statistics.median(row["e_of_one_head"] for row in of_variant)
         score = statistics.median(row["score_of_the_right_key"] for row in of_variant)
-        print(f"{name:45} {statistics.median(e):.1e} ({e[0]:.1e} to {e[-1]:.1e})  {single:.1e}  {score:5.1f}")
+        order = statistics.median(row["wrong_order"] for row in of_variant)
+        print(
+            f"{name:70} {statistics.median(e):.1e} ({e[0]:.1e} to {e[-1]:.1e})  {single:.1e}  {score:5.1f}  "
+            f"{100 * order:.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -31,11 +31,12 @@ def corrupted_answers(batch: Batch, task: Task, probability: float, generator: t
 
 
 def corrupted_questions(batch: Batch, task: Task, probability: float, generator: torch.Generator) -> Batch:
-    """One letter of what is asked for, as an input, replaced by a random one; the labels stay.
+    """One letter of what is asked for, as an input, replaced by another; the labels stay.
 
     The key that is asked for has to be found by the letter that is left, in its place. Of a few keys in a training
     sample hardly two have a letter in common, so a lookup may leave a letter out, or its place, and lose next to
-    nothing; among thousands of keys it is wrong. With either letter corrupted at times, it may not.
+    nothing; among thousands of keys it is wrong. Half of the letters put in are random. The other half are letters that
+    some key of the sample has in the other place: a lookup that does not tell places apart finds that key as well.
     """
     if probability == 0:
         return batch
@@ -43,6 +44,8 @@ def corrupted_questions(batch: Batch, task: Task, probability: float, generator:
     device = batch.inputs.device
     asked = batch.inputs[:, batch.question_letters]  # (batch, questions, letters)
     noise = torch.randint(task.FIRST_LETTER, task.data_tokens, asked.shape, generator=generator, device=device)
+    misplaced = task.misplaced_letters(batch, generator)
+    noise = torch.where(torch.rand(asked.shape, generator=generator, device=device) < 0.5, noise, misplaced)
     place = torch.randint(letters, asked.shape[:2], generator=generator, device=device)
     chosen = torch.rand(asked.shape[:2], generator=generator, device=device) < probability
     chosen = chosen[..., None] & (place[..., None] == torch.arange(letters, device=device))

@@ -50,8 +50,8 @@ class RunSettings:
     )
     corrupt_questions: float = flag(
         0.0,
-        "probability with which one letter of what is asked for, as an input in training, becomes a random letter; "
-        "comes in with --ease-in",
+        "probability with which one letter of what is asked for, as an input in training, becomes a random letter or "
+        "one that something else in the sample has in another place; comes in with --ease-in",
     )
     jitter: float = flag(1.0, "scores of heads without ALiBi times a factor in [jitter, 1] per sample in training")
     jitter_law: str = flag("uniform", "law of jitter's factor: uniform, or log: its logarithm is uniform")

@@ -142,11 +142,13 @@ def test_lookup_learns_and_writes_its_results(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(lookup, "TEST_BATCH", 20)
     monkeypatch.setattr(lookup, "WARMUP", 5)
     output = tmp_path / "lookup.json"
-    flags = ["--variants", "gain 5", "head drop 0.9", "--seeds", "0", "--queries", "40", "--output", str(output)]
+    alike = "places alike, no near misses, head drop 0.75, corrupted queries 0.3"
+    flags = ["--variants", "gain 5", "head drop 0.9", alike, "--seeds", "0", "--queries", "40", "--output", str(output)]
     lookup.main([*flags, "--steps", "100"])
     rows = json.loads(output.read_text())["rows"]
     assert rows[0]["e"] < 0.9 / lookup.TEST_KEYS  # better than chance
-    assert [row["variant"] for row in rows] == ["gain 5", "head drop 0.9"]
+    assert [row["variant"] for row in rows] == ["gain 5", "head drop 0.9", alike]
+    assert rows[2]["wrong_order"] > 0.3, "a letter is as good a match in either place at first"
     for row in rows:
         assert 0 <= row["e"] <= 1 / lookup.TEST_KEYS and 0 < row["e_of_one_head"] <= 1 / lookup.TEST_KEYS
         assert row["wrong"] == pytest.approx(row["e"] * 40 * lookup.TEST_KEYS)

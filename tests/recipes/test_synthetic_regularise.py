@@ -42,6 +42,12 @@ def test_corrupted_questions_change_one_letter_of_a_key_that_is_asked_for(padded
     assert 0.2 < first < 0.3 and 0.2 < second < 0.3
     assert torch.equal(corrupted.labels, batch.labels)
     assert corrupted.inputs[:, batch.question_letters].min() >= SMALL.FIRST_LETTER
+    starts = SMALL.key_starts(batch.inputs)
+    letters = torch.stack([batch.inputs.gather(1, starts), batch.inputs.gather(1, starts + 1)], dim=2)
+    put_in = corrupted.inputs[:, batch.question_letters]  # (batch, queries, 2), against letters of (batch, pairs, 2)
+    misplaced = (put_in[:, :, None] == letters.flip(2)[:, None]).any(dim=2)[of_questions].float().mean()
+    in_place = (put_in[:, :, None] == letters[:, None]).any(dim=2)[of_questions].float().mean()
+    assert 0.45 < misplaced < 0.65 and in_place < 0.15
     assert corrupted_questions(batch, SMALL, 0.0, torch.Generator()) is batch
 
 

@@ -173,6 +173,14 @@ class Task:
         del right
         return None
 
+    def misplaced_letters(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        """For each of a batch's question_letters, a letter that something to be found has in another place.
+
+        Returns:
+            (batch, questions, letters) tokens. Only tasks that have question_letters have this.
+        """
+        raise NotImplementedError
+
     def _marker(self, token: int, like: torch.Tensor) -> torch.Tensor:
         return torch.full((like.shape[0], 1), token, dtype=torch.int64, device=like.device)
 

@@ -106,6 +106,12 @@ class Mqmtar(Task):
         asked, answered = (inputs == self.QUERY).nonzero()[:, 1].view(len(inputs), -1).chunk(2, dim=1)
         return asked, answered
 
+    def misplaced_letters(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        keys_end = (batch.inputs == self.KEY_VALUE).float()
+        chosen = torch.multinomial(keys_end, len(batch.question_letters), replacement=True, generator=generator)
+        other_places = chosen[..., None] - 1 - torch.arange(2, device=chosen.device)
+        return batch.inputs.gather(1, other_places.flatten(1)).view_as(other_places)
+
     def queries_right(self, right: torch.Tensor) -> torch.Tensor:
         return right[:, :-1].unflatten(1, (-1, 3))[..., 1:].all(dim=2)
 
