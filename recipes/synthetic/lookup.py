@@ -1,6 +1,6 @@
 r"""A lookup without the model around it: which training makes it precise, in minutes on a CPU.
 
-    python recipes/synthetic/lookup.py             # every variant, 3 seeds (half an hour): lookup.json and a table
+    python recipes/synthetic/lookup.py             # every variant, 3 seeds (two hours): lookup.json and a table
     python recipes/synthetic/lookup.py --variants "head drop 0.9" --seeds 0 --steps 300
 
 MQMTAR's step that errs: heads look for the key of two letters that equals the query's,
