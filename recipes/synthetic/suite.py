@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -50,6 +51,9 @@ _TASKS = {
 _BASELINES = ("softmax", "entmax", "ssmax")
 # MQMTAR's baselines on the paper's distribution: their own learning rates, in the first run and the second.
 _MQMTAR_RATES = {"softmax": ("2.5e-4", "2e-4"), "entmax": ("5e-4", "8e-4"), "ssmax": ("5e-4", "8e-4")}
+
+# How a shell ends on Ctrl-C, by itself or by what it ran: no job is to follow.
+_INTERRUPTED = (-signal.SIGINT, 128 + signal.SIGINT)
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,8 @@ def run(chosen: Sequence[Job], out: Path, gpus: Sequence[str], minutes: float) -
             code = _run_one(job, out, gpu)
             outcome = Outcome(job, "failed" if code else "done", time.monotonic() - began)
             with lock:
+                if code in _INTERRUPTED:
+                    waiting.clear()
                 outcomes[job.name] = outcome
                 bar.update()
                 where = f" on GPU {gpu}" if gpu else ""
@@ -155,8 +161,13 @@ def run(chosen: Sequence[Job], out: Path, gpus: Sequence[str], minutes: float) -
         workers = [threading.Thread(target=worker, args=(gpu,)) for gpu in gpus]
         for each in workers:
             each.start()
-        for each in workers:
-            each.join()
+        try:
+            for each in workers:
+                each.join()
+        except KeyboardInterrupt:  # the jobs have it too, and end
+            for each in workers:
+                each.join()
+            raise
     return [outcomes[job.name] for job in chosen]
 
 

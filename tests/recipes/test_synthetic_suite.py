@@ -41,6 +41,13 @@ def test_jobs_run_once_and_what_failed_is_said(
     assert "no job's name begins so" in capsys.readouterr().err
 
 
+def test_no_job_follows_one_that_was_interrupted(tmp_path: Path) -> None:
+    known = [_echo("a", then="kill -INT $$"), _echo("b")]
+    outcomes = suite.run(known, tmp_path, ["0"], 60)
+    assert [outcome.state for outcome in outcomes] == ["failed", "not started"]
+    assert [outcome.state for outcome in suite.run(known[1:], tmp_path, ["0"], 60)] == ["done"]
+
+
 def test_every_job_is_a_command_that_its_program_takes(capsys: pytest.CaptureFixture[str]) -> None:
     known = suite.jobs()
     assert len({job.name for job in known}) == len(known)

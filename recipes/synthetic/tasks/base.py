@@ -177,7 +177,10 @@ class Task:
         """For each of a batch's question_letters, a letter that something to be found has in another place.
 
         Returns:
-            (batch, questions, letters) tokens. Only tasks that have question_letters have this.
+            (batch, questions, letters) tokens.
+
+        Raises:
+            NotImplementedError: the task has no question_letters.
         """
         raise NotImplementedError
 
