@@ -1,4 +1,4 @@
-"""All results of the synthetic suite again, on every GPU of a machine: what is not there yet, in the list's order.
+"""The synthetic suite's results again, on every GPU of a machine: what is not there yet, in the list's order.
 
     python recipes/synthetic/suite.py --list                          # the jobs, and what each takes
     python recipes/synthetic/suite.py --only mqmtar copy              # some of them, by how their names begin
@@ -7,6 +7,10 @@
 Each GPU takes the next job that the time left allows. Runs, results, tables, figures and a log for each job go to
 runs/suite/ (--out); jobs that have ended well there are not run again, and a run that was interrupted goes on. A CPU
 takes one job at a time, and very long.
+
+The list has MQMTAR on the paper's data and, from there, on our own; the other tasks; softmax, entmax and SSMax beside
+all of these, on the other tasks at the task's learning rate; and the ablations on the paper's data. FLAGS and what else
+mqmtar.sh takes from the environment reach its jobs.
 """
 
 from __future__ import annotations
@@ -91,7 +95,9 @@ def _mqmtar() -> Iterator[Job]:
     for seed in SEEDS:
         yield Job(f"mqmtar-{seed}", 24, f"{script} paper {seed} && {script} both {seed} && {law}")
     for method, (first, second) in _MQMTAR_RATES.items():
-        flags = f'METHOD={method} FLAGS="--lr {first}" MORE_FLAGS="--lr {second}" TRIES=1'
+        flags = (
+            f'METHOD={method} FLAGS="${{FLAGS:-}} --lr {first}" MORE_FLAGS="${{MORE_FLAGS:-}} --lr {second}" TRIES=1'
+        )
         yield Job(f"mqmtar-{method}-0", 14, f"{flags} {script} paper 0")
 
 
