@@ -43,7 +43,7 @@ _HARD = "--hard-candidates 4 --hard-from 0.3 --replay 0.25"
 _HEADS = "--head-drop 0.5 --ease-in 1500"
 # A task's positions, minutes of training and flags, the same for all methods.
 _TASKS = {
-    "copy": ("nape", 9.0, f"--compile {_HEADS} {_HARD}"),
+    "copy": ("nape", 9.0, f"--compile --alibi-window 16 {_HEADS} {_HARD}"),
     "reverse": ("nape", 12.0, f"--compile --alibi-window 16 {_HEADS} {_HARD}"),
     "sort": ("nope", 6.0, f"--compile --batch 512 {_HARD}"),
     "local_count": ("nape", 8.0, "--compile"),
