@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,15 @@ def test_jobs_run_once_and_what_failed_is_said(
     assert "no job's name begins so" in capsys.readouterr().err
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as in a terminal: a shell's background job, as these tests may be, and all that it starts ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_no_job_follows_one_that_was_interrupted(tmp_path: Path) -> None:
     known = [_echo("a", then="kill -INT $$"), _echo("b")]
     outcomes = suite.run(known, tmp_path, ["0"], 60)
