@@ -46,7 +46,7 @@ _TASKS = {
     "copy": ("nape", 9.0, f"--compile --alibi-window 16 {_HEADS} {_HARD}"),
     "reverse": ("nape", 12.0, f"--compile --alibi-window 16 {_HEADS} {_HARD}"),
     "sort": ("nope", 6.0, f"--compile --batch 512 {_HARD}"),
-    "local_count": ("nape", 8.0, "--compile"),
+    "local_count": ("nape", 9.0, f"--compile {_HEADS} {_HARD}"),
     "two_back": ("nape", 1.2, "--compile"),
     "flip_flop": ("nape", 1.5, "--compile"),
     "max_retrieval": ("nope", 2.0, ""),
