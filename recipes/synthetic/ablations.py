@@ -94,6 +94,7 @@ def train(parsed: argparse.Namespace, name: str, seed: int) -> dict[str, Any]:
         "MINUTES": str(parsed.minutes),
         "FIRST_ONLY": "1",
         "FLAGS": f"{_UNCHANGED} {VARIANTS[name]} --name {word} --validate-samples {parsed.samples} {parsed.flags}",
+        "FIRST_FLAGS": "",  # what a shell has set for mqmtar.sh would come after a variant's flags, and win
     }
     done = subprocess.run(
         ["bash", str(SCRIPT), parsed.distribution, str(seed)], env=environment, cwd=SCRIPT.parents[2], check=False

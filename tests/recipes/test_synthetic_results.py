@@ -206,7 +206,10 @@ def test_mqmtar_says_what_it_takes_and_what_is_wrong(tmp_path: Path) -> None:
     assert refused.returncode == 2 and "expected a distribution and one seed, got paper 0 1" in refused.stderr
 
 
-def test_ablations_run_once_and_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ablations_run_once_and_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FIRST_FLAGS", "--jitter 0.7 --hard-candidates 2")  # mqmtar.sh's, not an ablation's
     flags = " ".join([*SIZE_FLAGS, "--no-compile --batch 8 --validate-multiple 1 --plateau 100 --log-every 1"])
     command = ["paper", "--minutes", "0.01", "--samples", "4", "--flags", flags]
     command += ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
@@ -217,6 +220,7 @@ def test_ablations_run_once_and_are_told_apart(tmp_path: Path, capsys: pytest.Ca
     variants = json.loads(file.read_text())["variants"]
     assert list(variants) == ["base", "no jitter"] and set(variants["base"]) == {"0"}
     assert variants["base"]["0"]["settings"]["jitter"] == 0.4 and variants["no jitter"]["0"]["settings"]["jitter"] == 1
+    assert variants["base"]["0"]["settings"]["hard_candidates"] == 1
     assert variants["base"]["0"]["validation"]["samples"] == 4 and variants["base"]["0"]["header"]["versions"]
     before = file.stat().st_mtime_ns
     ablations.main([*command, "--only", "base"])
