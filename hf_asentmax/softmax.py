@@ -7,7 +7,7 @@ r"""Softmax attention (alpha = 1) by PyTorch's own fused kernels, in memory line
 over the keys that query i sees; zeros, and zero gradients, for a query that sees none. ``eager.py`` is the definition.
 
 - Plain causal or full attention is ``scaled_dot_product_attention``, which skips what lies behind a causal query.
-- Short rows and single queries are the same function with a bias that holds ALiBi and every mask, made once a call.
+- Short rows and few queries are the same function with a bias that holds ALiBi and every mask, made once a call.
 - All else is FlexAttention: a query's keys are an interval (causality, window, packing), less padding or a free mask.
 """
 
@@ -26,10 +26,19 @@ from .masks import alibi_positions, query_positions, visible_keys
 
 __all__ = ["softmax_attention", "unsupported_reason"]
 
-_SHORT = 1024  # keys: up to here a bias is made, of at most _LARGEST_BIAS elements
+_SHORT = 1024  # keys, or
+_FEW = 64  # queries: up to here a bias is made, of at most _LARGEST_BIAS elements
 _LARGEST_BIAS = 1 << 28
 _BLOCK = 128  # queries, and keys, that FlexAttention skips together
+_BEYOND = torch.iinfo(torch.int32).max  # a key after all
 _FLEX_HEAD_DIMS = (16, 256)
+
+# Inductor puts what is captured by FlexAttention's functions into its kernel, and with it reads of buffers whose layout
+# is not decided: an error of the compiler (torch 2.13), or of the GPU's memory (2.11). Not so an operator's result.
+_library = torch.library.Library("hf_asentmax", "FRAGMENT")
+_library.define("materialized(Tensor a) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_library.impl("materialized", torch.clone, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_asentmax::materialized", torch.clone, lib=_library)
 
 
 def unsupported_reason(
@@ -58,7 +67,7 @@ def unsupported_reason(
     of_the_tensors = kernels.unsupported_tensors_reason("PyTorch's kernels", query, alibi_slopes)
     if of_the_tensors is not None:
         return of_the_tensors
-    masks = (attention_mask, alibi_slopes, cu_seqlens, sliding_window, softcap)
+    masks = (_shared(attention_mask), alibi_slopes, cu_seqlens, sliding_window, softcap)
     if _way(query, key, value, is_causal, *masks) != "flex":
         return None
     low, high = _FLEX_HEAD_DIMS
@@ -93,6 +102,7 @@ def softmax_attention(
     device_type = query.device.type
     query, key, value = as_autocast(query, key, value)
     slopes = None if alibi_slopes is None else alibi_slopes.detach()
+    attention_mask = _shared(attention_mask)
     way = _way(query, key, value, is_causal, attention_mask, slopes, cu_seqlens, sliding_window, softcap)
     with torch.autocast(device_type, enabled=False):
         if way == "bare":
@@ -115,6 +125,13 @@ def softmax_attention(
         )
 
 
+def _shared(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A 4D mask that was expanded over the batch as one of batch 1, for one bias for all; others as they are."""
+    if attention_mask is None or attention_mask.ndim == 2 or attention_mask.stride(0) != 0:
+        return attention_mask
+    return attention_mask[:1]
+
+
 def _way(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -127,7 +144,7 @@ def _way(
     softcap: float | None,
 ) -> str:
     """Which function below takes the call: "bare", "biased" or "flex"."""
-    batch, heads, q_len, head_dim = query.shape
+    heads, q_len, head_dim = query.shape[1:]
     kv_len, value_dim = key.shape[2], value.shape[3]
     bare = all(given is None for given in (attention_mask, alibi_slopes, cu_seqlens, sliding_window, softcap))
     # PyTorch aligns causal queries to the keys' start, and has fused kernels for these head dimensions alone
@@ -135,9 +152,9 @@ def _way(
     flash = query.dtype in (torch.bfloat16, torch.float16) and head_dim == value_dim <= 256
     if bare and (flash or (head_dim % 8 == 0 and value_dim % 8 == 0)):
         return "bare"
-    if softcap is not None or (q_len > 1 and kv_len > _SHORT):
+    if softcap is not None or (q_len > _FEW and kv_len > _SHORT):
         return "flex"
-    bias_batch = 1 if attention_mask is None else batch
+    bias_batch = 1 if attention_mask is None else attention_mask.shape[0]
     heads_alike = attention_mask is None or attention_mask.ndim == 2 or attention_mask.shape[1] == 1
     bias_heads = 1 if alibi_slopes is None and heads_alike else heads
     return "biased" if bias_batch * bias_heads * q_len * kv_len <= _LARGEST_BIAS else "flex"
@@ -229,7 +246,7 @@ def _flex_anchor(
     is_causal: bool,
     sliding_window: int | None,
 ) -> torch.Tensor | None:
-    """Where ALiBi's distances are measured from: (q_len,), or (batch, 1 or heads, q_len) int32 with a 4D mask."""
+    """Where ALiBi's distances are measured from: (q_len,), or (batch or 1, 1 or heads, q_len) int32 with a 4D mask."""
     if slopes is None:
         return None
     position = query_positions(query.shape[2], key.shape[2], query.device)
@@ -242,7 +259,7 @@ def _flex_anchor(
             cu_seqlens=None,
             sliding_window=sliding_window,
         )
-        position = alibi_positions(position, visible)
+        position = torch.ops.hf_asentmax.materialized(alibi_positions(position, visible))
     return position.to(torch.int32)
 
 
@@ -262,23 +279,19 @@ def _flex(
 
     Args:
         start, stop: from `_key_interval`; anchor: from `_flex_anchor`.
-        attention_mask: bool, (batch, kv_len) or (batch, 1 or heads, q_len, kv_len).
+        attention_mask: bool, (batch, kv_len) or (batch or 1, 1 or heads, q_len, kv_len).
         scale, softcap, slopes: (heads,) float.
     """
     some, every = _blocks(start, stop, key.shape[2], attention_mask)
     # Out here: in the functions below, which become part of a kernel, every index is a tensor
-    if attention_mask is not None and attention_mask.ndim == 4 and attention_mask.shape[1] == 1:
-        attention_mask = attention_mask[:, 0]
-    if anchor is not None and anchor.ndim == 3 and anchor.shape[1] == 1:
-        anchor = anchor[:, 0]
+    mask_of = None if attention_mask is None or attention_mask.ndim == 2 else _by_batch_and_head(attention_mask)
+    anchor_of = None if anchor is None or anchor.ndim == 1 else _by_batch_and_head(anchor)
 
     def shows(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         within = (k >= start[q]) & (k < stop[q])
         if attention_mask is None:
             return within
-        if attention_mask.ndim == 2:
-            return within & attention_mask[b, k]
-        return within & (attention_mask[b, q, k] if attention_mask.ndim == 3 else attention_mask[b, h, q, k])
+        return within & (attention_mask[b, k] if mask_of is None else mask_of(b, h, q, k))
 
     def score(
         product: torch.Tensor, b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor
@@ -288,7 +301,7 @@ def _flex(
             product = softcap[h] * torch.tanh(product / softcap[h])
         if slopes is None or anchor is None:
             return product
-        position = (anchor[q] if anchor.ndim == 1 else anchor[b, q]) if anchor.ndim < 3 else anchor[b, h, q]
+        position = anchor[q] if anchor_of is None else anchor_of(b, h, q)
         return product - slopes[h] * (position - k).abs()
 
     mask = BlockMask.from_kv_blocks(
@@ -311,6 +324,20 @@ def _flex(
     )
 
 
+def _by_batch_and_head(tensor: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Elements of a (batch or 1, heads or 1, ...) tensor by batch, head and the rest; without what has size 1."""
+    by_batch, by_head = (size > 1 for size in tensor.shape[:2])
+    if not by_head:
+        tensor = tensor[:, 0]
+    if not by_batch:
+        tensor = tensor[0]
+
+    def element(b: torch.Tensor, h: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return tensor[(*((b,) if by_batch else ()), *((h,) if by_head else ()), *rest)]
+
+    return element
+
+
 @functools.cache
 def _compiled_flex() -> Callable[..., torch.Tensor]:
     return torch.compile(_flex)
@@ -330,8 +357,9 @@ def _blocks(
     more_queries, more_keys = -q_len % _BLOCK, -kv_len % _BLOCK
     first = torch.arange(0, kv_len, _BLOCK, device=start.device)
     last = first + (_BLOCK - 1)
-    # Queries beyond the end see nothing; keys beyond the end are seen by none
-    starts, stops = pad(start, (0, more_queries), value=kv_len), pad(stop, (0, more_queries), value=0)
+    # Queries beyond the end see nothing; keys beyond the end are seen by none. (A length as pad's value is one more
+    # kernel for each length.)
+    starts, stops = pad(start, (0, more_queries), value=_BEYOND), pad(stop, (0, more_queries), value=0)
     starts, stops = starts.reshape(-1, _BLOCK, 1), stops.reshape(-1, _BLOCK, 1)
     some = ((first < stops.amax(dim=1)) & (last >= starts.amin(dim=1)))[None, None]
     every = ((first >= starts.amax(dim=1)) & (last < stops.amin(dim=1)))[None, None]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import PreTrainedModel
 
 from hf_asentmax import entmax_attention, softmax
@@ -39,6 +40,8 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
     ),
     "4D": (140, 150, {"attention_mask": 1, "is_causal": False}),
     "4D per head": (140, 150, {"attention_mask": HEADS, "alibi_slopes": True, "sliding_window": 80}),
+    "4D for all": (140, 150, {"attention_mask": 1, "expanded": True, "alibi_slopes": True}),
+    "4D per head for all": (150, 150, {"attention_mask": HEADS, "expanded": True, "alibi_slopes": True}),
     "packed": (150, 150, {"cu_seqlens": (0, 5, 5, 131, 150), "alibi_slopes": True, "batch": 1}),
     "window": (150, 150, {"sliding_window": 20}),
     "window, full": (145, 150, {"sliding_window": 20, "is_causal": False, "attention_mask": WITHOUT_KEYS}),
@@ -61,11 +64,16 @@ def case_of(name: str, kv_heads: int, dtype: torch.dtype, device: str = "cpu") -
         options["attention_mask"] = torch.rand(shape, generator=generator) > 0.6
         options["attention_mask"][0, :, 3] = False
         options["attention_mask"][1, :, :, 20:] = False
+        if options.pop("expanded", False):
+            options["attention_mask"] = options["attention_mask"][:1].expand(batch, -1, -1, -1)
     if "alibi_slopes" in options:
         options["alibi_slopes"] = torch.tensor([1.0, 0.5, 0.05, 0.0])
     if "cu_seqlens" in options:
         options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32)
     moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    mask = options.get("attention_mask")
+    if mask is not None and mask.stride(0) == 0:  # moving makes copies
+        moved["attention_mask"] = mask[:1].to(device).expand_as(mask)
     return tensors, grad, {"scale": 0.25, "is_causal": True, **moved}
 
 
@@ -89,8 +97,9 @@ def check(name: str, kv_heads: int, dtype: torch.dtype, device: str, tolerance: 
 
 @pytest.fixture
 def flex_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No bias, whatever the length; on the CPU, FlexAttention's reference lets gradients through."""
+    """No bias, whatever the lengths; on the CPU, FlexAttention's reference lets gradients through."""
     monkeypatch.setattr(softmax, "_SHORT", 0)
+    monkeypatch.setattr(softmax, "_FEW", 1)
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
     torch._dynamo.reset()
 
@@ -118,7 +127,7 @@ def test_blocks_cover_what_is_visible(name: str) -> None:
     visible = visible.expand(*visible.shape[:-2] or (1, 1), q_len, kv_len)
     mask = masks.pop("attention_mask")
     start, stop = softmax._key_interval(q_len, kv_len, torch.device("cpu"), **masks)
-    some, every = softmax._blocks(start, stop, kv_len, mask)
+    some, every = softmax._blocks(start, stop, kv_len, softmax._shared(mask))
     visible = torch.nn.functional.pad(visible, (0, -kv_len % 128, 0, -q_len % 128))
     batch, heads, rows, columns = visible.shape
     tiles = visible.reshape(batch, heads, rows // 128, 128, columns // 128, 128).transpose(3, 4)
@@ -137,8 +146,9 @@ def test_autocast() -> None:
     assert_close("output", output, entmax_attention(*exact, alpha=1.0, backend="eager", **options), 1e-2)
 
 
-def test_flex_attention_is_compiled_without_a_graph_break(flex_alone: None) -> None:
-    tensors, grad, options = case_of("left padding, alibi", 2, torch.float32)
+@pytest.mark.parametrize("name", ["left padding, alibi", "4D per head", "4D per head for all"])
+def test_flex_attention_is_compiled_without_a_graph_break(name: str, flex_alone: None) -> None:
+    tensors, grad, options = case_of(name, 2, torch.float32)
     compiled = torch.compile(softmax.softmax_attention, fullgraph=True, backend="aot_eager")
     output = compiled(*tensors, **options)
     expected = entmax_attention(*tensors, alpha=1.0, backend="eager", **options)
@@ -146,6 +156,40 @@ def test_flex_attention_is_compiled_without_a_graph_break(flex_alone: None) -> N
     grads = [torch.autograd.grad(result, tensors, grad) for result in (output, expected)]
     for actual, wanted in zip(*grads, strict=True):
         assert_close("gradient", actual, wanted, 1e-5)
+
+
+def test_flex_attention_is_not_compiled_for_each_length(flex_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a growing cache; from the second length on the lengths are variables of the compiled graph."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(softmax, "_flex", torch.compile(softmax._flex, backend=counter))
+    for kv_len in (150, 260, 411, 530, 700):
+        tensors = [torch.randn(2, 4, length, 16) for length in (70, kv_len, kv_len)]
+        options = {"scale": 0.25, "is_causal": True, "alibi_slopes": torch.tensor([1.0, 0.5, 0.05, 0.0])}
+        with torch.no_grad():
+            output = softmax.softmax_attention(*tensors, **options)
+        assert_close("output", output, entmax_attention(*tensors, alpha=1.0, backend="eager", **options), 1e-5)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "batch", "mask", "way"),
+    [
+        (1024, 1024, 8, None, "biased"),
+        (1025, 1025, 1, None, "flex"),
+        (64, 5000, 8, None, "biased"),
+        (65, 5000, 8, None, "flex"),
+        (131, 131, 1024, "for each", "flex"),
+        (131, 131, 1024, "for all", "biased"),
+    ],
+)
+def test_which_way(q_len: int, kv_len: int, batch: int, mask: str | None, way: str) -> None:
+    """A bias where it is small: short rows, few queries, one mask for all samples."""
+    query, key = (torch.empty(batch, 16, length, 16, device="meta") for length in (q_len, kv_len))
+    given = None if mask is None else torch.empty(batch, 16, q_len, kv_len, dtype=torch.bool, device="meta")
+    if given is not None and mask == "for all":
+        given = given[:1].expand(batch, -1, -1, -1)
+    slopes = torch.empty(16, device="meta")
+    assert softmax._way(query, key, key, True, softmax._shared(given), slopes, None, None, None) == way
 
 
 def test_what_it_refuses() -> None:
@@ -203,8 +247,54 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU
 def test_on_a_gpu(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "flex":
         monkeypatch.setattr(softmax, "_SHORT", 0)
+        monkeypatch.setattr(softmax, "_FEW", 1)
     torch._dynamo.reset()
     check(name, 2, torch.bfloat16, "cuda", 8e-3)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("way", ["biased", "flex"])
+@pytest.mark.parametrize("name", ["left padding, alibi", "4D per head", "4D for all", "4D per head for all", "packed"])
+def test_compiled_on_a_gpu(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As part of a compiled graph: what FlexAttention's functions capture is made in the same graph."""
+    if way == "flex":
+        monkeypatch.setattr(softmax, "_SHORT", 0)
+        monkeypatch.setattr(softmax, "_FEW", 1)
+    torch._dynamo.reset()
+    monkeypatch.setattr(softmax, "softmax_attention", torch.compile(softmax.softmax_attention, fullgraph=True))
+    check(name, 2, torch.bfloat16, "cuda", 8e-3)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize(("batch", "q_len", "kv_len"), [(240, 25, 3865), (240, 70, 3910), (1024, 131, 131)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_large_batches_on_a_gpu(batch: int, q_len: int, kv_len: int, compiled: bool) -> None:
+    """Rows of cached keys with a few queries each; short rows with a mask for each of them. Some rows are checked."""
+    torch._dynamo.reset()
+    generator = torch.Generator("cuda").manual_seed(5)
+    shapes = ((batch, 16, length, 32) for length in (q_len, kv_len, kv_len))
+    query, key, value = (torch.randn(s, device="cuda", dtype=torch.bfloat16, generator=generator) for s in shapes)
+    options: dict[str, Any] = {"scale": 0.2, "is_causal": True}
+    options["alibi_slopes"] = torch.tensor([0.5**head if head < 8 else 0.0 for head in range(16)], device="cuda")
+    if q_len == kv_len:
+        shape = (batch, 16, q_len, kv_len)
+        options["attention_mask"] = torch.rand(shape, device="cuda", generator=generator) > 0.3
+    attend = torch.compile(softmax.softmax_attention) if compiled else softmax.softmax_attention
+    with torch.no_grad():
+        for rows in (slice(0, batch // 8), slice(None)):  # another batch: its size is a variable of the graph
+            given = {**options}
+            if "attention_mask" in options:
+                given["attention_mask"] = options["attention_mask"][rows]
+            output = attend(query[rows], key[rows], value[rows], **given)
+        for row in (0, batch // 2, batch - 1):
+            one = slice(row, row + 1)
+            exact = [tensor[one].double() for tensor in (query, key, value)]
+            if "attention_mask" in options:
+                given["attention_mask"] = options["attention_mask"][one]
+            wanted = entmax_attention(*exact, alpha=1.0, backend="eager", **given)
+            assert_close("output", output[one], wanted, 8e-3)
 
 
 @pytest.mark.gpu
