@@ -168,9 +168,9 @@ def figure(runs: dict[str, Any], file: Path) -> None:
     lengths = sorted({entry["length"] for run in runs.values() for entry in run["lengths"]})
     drawing, (axes,) = length_axes(next(iter(runs.values()))["train_length"], lengths)
     for number, (name, run) in enumerate(runs.items()):
-        beside = 2 ** (0.08 * (number - (len(runs) - 1) / 2))  # next to each other, not one on the other
+        beside = 2 ** (min(0.08, 0.6 / len(runs)) * (number - (len(runs) - 1) / 2))  # next to each other
         entries = [{**entry, "length": beside * entry["length"]} for entry in run["lengths"]]
-        color = f"C{number % 10}"
+        color, marker, name = f"C{number % 10}", "osD"[number // 10 % 3], name.removeprefix("mqmtar-")
         found = [entry for entry in entries if entry["e"] > 0]
         if found:
             spread = [
@@ -178,7 +178,7 @@ def figure(runs: dict[str, Any], file: Path) -> None:
                 [entry["e_interval"][1] - entry["e"] for entry in found],
             ]
             at, e = ([entry[key] for entry in found] for key in ("length", "e"))
-            axes.errorbar(at, e, yerr=spread, marker="o", markersize=4, capsize=3, label=name, color=color)
+            axes.errorbar(at, e, yerr=spread, marker=marker, markersize=4, capsize=3, label=name, color=color)
         none = [entry for entry in entries if entry["e"] == 0]
         above = [entry["e_interval"][1] for entry in none]
         label = None if found else name
