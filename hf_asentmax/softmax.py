@@ -33,12 +33,24 @@ _BLOCK = 128  # queries, and keys, that FlexAttention skips together
 _BEYOND = torch.iinfo(torch.int32).max  # a key after all
 _FLEX_HEAD_DIMS = (16, 256)
 
-# Inductor puts what is captured by FlexAttention's functions into its kernel, and with it reads of buffers whose layout
-# is not decided: an error of the compiler (torch 2.13), or of the GPU's memory (2.11). Not so an operator's result.
 _library = torch.library.Library("hf_asentmax", "FRAGMENT")
 _library.define("materialized(Tensor a) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-_library.impl("materialized", torch.clone, "CompositeExplicitAutograd")
-torch.library.register_fake("hf_asentmax::materialized", torch.clone, lib=_library)
+
+
+def _contiguous_copy(a: torch.Tensor) -> torch.Tensor:
+    """The operator `materialized`, for what FlexAttention takes from the graph that it is compiled in.
+
+    Inductor folds reads of such tensors into FlexAttention's kernel, and the kernel takes lists of blocks for
+    contiguous; but their layout may not be decided by then (an error of the compiler, torch 2.13), or be padded later
+    (reads beyond their ends, torch 2.11; `kernels/row_products.py` has another case). An operator's result has the
+    strides that it says.
+    """
+    return a.clone(memory_format=torch.contiguous_format)
+
+
+_library.impl("materialized", _contiguous_copy, "CompositeExplicitAutograd")
+torch.library.register_fake("hf_asentmax::materialized", _contiguous_copy, lib=_library)
+_materialized = torch.ops.hf_asentmax.materialized
 
 
 def unsupported_reason(
@@ -93,8 +105,8 @@ def softmax_attention(
     """entmax_attention for alpha = 1, differentiable in query, key and value, on any device.
 
     The arguments are entmax_attention's, already checked. Where unsupported_reason gives a reason, the result is still
-    right, but neither fast nor in linear memory. In half precision a short row's ALiBi is rounded to it, as the kernels
-    take a bias of query's type alone.
+    right, but neither fast nor in linear memory. In half precision ALiBi of short rows and few queries is rounded to it,
+    as the kernels take a bias of query's type alone.
 
     Returns:
         (batch, heads, q_len, value_dim), of query's type (of autocast's type under autocast).
@@ -109,20 +121,19 @@ def softmax_attention(
             return _bare(query, key, value, scale, is_causal and query.shape[2] > 1)
         if way == "biased":
             return _biased(query, key, value, scale, is_causal, attention_mask, slopes, cu_seqlens, sliding_window)
-        flex = _compiled_flex() if device_type == "cuda" and not torch.compiler.is_compiling() else _flex
-        # Numbers come as tensors: other ones would be another kernel
-        per_head = query.new_ones(query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
-        return flex(
-            query,
-            key,
-            value,
+        captured: list[torch.Tensor | None] = [
             *_key_interval(query.shape[2], key.shape[2], query.device, is_causal, cu_seqlens, sliding_window),
             _flex_anchor(query, key, attention_mask, slopes, is_causal, sliding_window),
             attention_mask,
-            scale * per_head,
-            None if softcap is None else softcap * per_head,
-            None if slopes is None else slopes * per_head,
-        )
+        ]
+        flex: Callable[..., torch.Tensor] = _compiled_flex() if device_type == "cuda" else _flex
+        if torch.compiler.is_compiling():
+            flex = _flex
+            captured = [None if tensor is None else _materialized(tensor) for tensor in captured]
+        # Numbers come as tensors: other ones would be another kernel
+        per_head = query.new_ones(query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
+        numbers = [None if number is None else number * per_head for number in (scale, softcap, slopes)]
+        return flex(query, key, value, *captured, *numbers)
 
 
 def _shared(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -259,7 +270,7 @@ def _flex_anchor(
             cu_seqlens=None,
             sliding_window=sliding_window,
         )
-        position = torch.ops.hf_asentmax.materialized(alibi_positions(position, visible))
+        position = alibi_positions(position, visible)
     return position.to(torch.int32)
 
 
@@ -304,13 +315,11 @@ def _flex(
         position = anchor[q] if anchor_of is None else anchor_of(b, h, q)
         return product - slopes[h] * (position - k).abs()
 
-    mask = BlockMask.from_kv_blocks(
-        *_listed(some & ~every),
-        *_listed(every),
-        BLOCK_SIZE=_BLOCK,
-        mask_mod=shows,
-        seq_lengths=(query.shape[2], key.shape[2]),
-    )
+    partly = some & ~every
+    by_query = (*_listed(partly), *_listed(every))
+    by_key = (*_listed(partly.mT), *_listed(every.mT))
+    lengths = query.shape[2], key.shape[2]
+    mask = BlockMask(lengths, *by_query, *by_key, BLOCK_SIZE=(_BLOCK, _BLOCK), mask_mod=shows)
     grouped = query.shape[1] != key.shape[1]
     return flex_attention(
         query,
@@ -378,4 +387,4 @@ def _blocks(
 def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """How many blocks each row has, and their indices first: (..., rows) and (..., rows, blocks) int32."""
     order = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
-    return blocks.sum(dim=-1).to(torch.int32).contiguous(), order.to(torch.int32).contiguous()
+    return _materialized(blocks.sum(dim=-1).to(torch.int32)), _materialized(order.to(torch.int32))

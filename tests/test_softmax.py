@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from hf_asentmax import entmax_attention, softmax
@@ -137,6 +138,23 @@ def test_blocks_cover_what_is_visible(name: str) -> None:
     assert not bool((every & ~some).any())
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("causal", "full", "one query")])
+def test_blocks_by_key_are_those_by_query(name: str, flex_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lists that gradients go by against PyTorch's, made from those of the output."""
+    made: list[BlockMask] = []
+    monkeypatch.setattr(softmax, "BlockMask", lambda *args, **kwargs: made.append(BlockMask(*args, **kwargs)))
+    monkeypatch.setattr(softmax, "flex_attention", lambda query, *args, **kwargs: query)
+    tensors, _, options = case_of(name, HEADS, torch.float32)
+    softmax.softmax_attention(*tensors, **options)
+    (ours,) = made
+    lists = (ours.kv_num_blocks, ours.kv_indices, ours.full_kv_num_blocks, ours.full_kv_indices)
+    theirs = BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=128, seq_lengths=ours.seq_lengths)
+    for count, index in (("q_num_blocks", "q_indices"), ("full_q_num_blocks", "full_q_indices")):
+        assert torch.equal(getattr(ours, count), getattr(theirs, count))
+        listed = torch.arange(getattr(ours, index).shape[-1]) < getattr(ours, count)[..., None]
+        assert torch.equal(getattr(ours, index)[listed], getattr(theirs, index)[listed])
+
+
 def test_autocast() -> None:
     tensors, _, options = case_of("left padding, alibi", 2, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -146,7 +164,7 @@ def test_autocast() -> None:
     assert_close("output", output, entmax_attention(*exact, alpha=1.0, backend="eager", **options), 1e-2)
 
 
-@pytest.mark.parametrize("name", ["left padding, alibi", "4D per head", "4D per head for all"])
+@pytest.mark.parametrize("name", ["left padding, alibi", "4D per head", "4D per head for all", "packed"])
 def test_flex_attention_is_compiled_without_a_graph_break(name: str, flex_alone: None) -> None:
     tensors, grad, options = case_of(name, 2, torch.float32)
     compiled = torch.compile(softmax.softmax_attention, fullgraph=True, backend="aot_eager")
