@@ -105,8 +105,8 @@ def softmax_attention(
     """entmax_attention for alpha = 1, differentiable in query, key and value, on any device.
 
     The arguments are entmax_attention's, already checked. Where unsupported_reason gives a reason, the result is still
-    right, but neither fast nor in linear memory. In half precision ALiBi of short rows and few queries is rounded to it,
-    as the kernels take a bias of query's type alone.
+    right, but neither fast nor in linear memory. In half precision the ALiBi of short rows and few queries is rounded
+    to it, as the kernels take a bias of query's type alone.
 
     Returns:
         (batch, heads, q_len, value_dim), of query's type (of autocast's type under autocast).
