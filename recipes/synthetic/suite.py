@@ -46,7 +46,7 @@ _TASKS = {
     "copy": ("nape", 9.0, f"--compile --alibi-window 16 {_HEADS} {_HARD}"),
     "reverse": ("nape", 12.0, f"--compile --alibi-window 16 {_HEADS} {_HARD}"),
     "sort": ("nope", 6.0, f"--compile --batch 512 {_HARD}"),
-    "local_count": ("nape", 9.0, f"--compile {_HEADS} {_HARD}"),
+    "local_count": ("nape", 9.0, f"--compile --head-drop 0.9 --ease-in 1500 {_HARD}"),
     "two_back": ("nape", 2.5, f"--compile {_HEADS} {_HARD}"),
     "flip_flop": ("nape", 1.5, "--compile"),
     "max_retrieval": ("nope", 2.0, ""),
