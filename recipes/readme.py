@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes.benchmark import attention_report, decode_report
 from recipes.common import markdown_table, short_commit
-from recipes.synthetic.report import TRACKS, Group, best, caveats, grouped, in_all, in_vain, tables
+from recipes.synthetic.report import TRACKS, Group, best, caveats, grouped, in_all, in_vain, tables, trained_alike
 
 RECIPES = Path(__file__).resolve().parent
 README = RECIPES.parent / "README.md"
@@ -264,10 +264,10 @@ def _beyond() -> list[str]:
 _NAMES = {"asentmax": "ASEntmax", "ssmax": "SSMax", "adaptive_temperature": "adaptive temperature"}
 
 
-def _rows(group: Group, multiples: Sequence[int]) -> list[list[str]]:
+def _rows(group: Group, multiples: Sequence[int], marks: str = "") -> list[list[str]]:
     """Exact match at each length where it was tested: of several seeds the mean, and the best one's."""
-    dagger = "†" * bool(group.caveat)
-    name = f"ours: {_NAMES.get(group.method, group.method)} + NAPE{dagger}, trained on {TRACKS[group.track]}"
+    marks = "†" * bool(group.caveat) + marks
+    name = f"ours: {_NAMES.get(group.method, group.method)} + NAPE{marks}, trained on {TRACKS[group.track]}"
 
     def row(name: str, members: Group) -> list[str]:
         return [name, *(cell(members, multiple) for multiple in multiples)]
@@ -291,6 +291,7 @@ def _best_seed(group: Group) -> Group:
     return max(singles, key=lambda single: max((m, single.entries(m)[0]["exact_match"]) for m in single.multiples()))
 
 
+_OTHERWISE = "‡ Trained otherwise than ASEntmax's row of that distribution (below): no comparison of the attentions."
 _SYNTHETIC_NOTES = (
     "- Our own training data have near misses among keys and values, so their rows are no comparison with the "
     "published ones (the paper's, best of 3 seeds, and an independent group's, both on the paper's data).",
@@ -338,7 +339,7 @@ def synthetic(*contents: dict[str, Any]) -> str:
         compared.append(group)
         for method in dict.fromkeys(group.method for group in of_track if group.method != "asentmax"):
             other = best([group for group in of_track if group.method == method])
-            others.extend(_rows(other, shown))
+            others.extend(_rows(other, shown, "" if trained_alike(other, group) else "‡"))
             compared.append(other)
     rows.extend(others)
     for method, sources in published["mqmtar"].items():
@@ -350,6 +351,7 @@ def synthetic(*contents: dict[str, Any]) -> str:
             "Multi-query multi-token associative recall, trained on at most 64 tokens, exact match in %:",
             markdown_table(["", *(f"{64 * multiple:,} ({multiple}x)" for multiple in shown)], rows),
             *(f"† {text}" for text in caveats(compared, "recipes/synthetic/findings.md")),
+            *([_OTHERWISE] if "‡" in str(others) else []),
             "\n".join([*notes, *_SYNTHETIC_NOTES]),
             *_beyond(),
             *origins,

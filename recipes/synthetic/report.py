@@ -164,6 +164,15 @@ def _compared(group: Group, base: Group) -> str:
     return "; ".join(runs)
 
 
+def trained_alike(group: Group, other: Group) -> bool:
+    """Whether two groups had the same runs, learning rates aside, which are each method's own."""
+    mine, its = (
+        [{name: value for name, value in stage.items() if name != "lr"} for stage in _stages(g.results[0]["run"])]
+        for g in (group, other)
+    )
+    return mine == its
+
+
 def grouped(results: list[dict[str, Any]]) -> list[Group]:
     """Results of one setting together, tasks in their order and methods by name."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)

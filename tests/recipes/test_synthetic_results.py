@@ -108,6 +108,10 @@ def test_a_run_begins_with_another_s_weights(tmp_path: Path) -> None:
     longer = copy.deepcopy(result)
     longer["run"]["started_from"]["settings"]["minutes"] = 2.0
     assert len(report.grouped([result, longer])) == 2, "settings are apart by the minutes of every run"
+    rate = copy.deepcopy(result)
+    rate["run"]["task_settings"]["lr"] *= 2
+    (other,), (alike,) = report.grouped([longer]), report.grouped([rate])
+    assert report.trained_alike(group, alike) and not report.trained_alike(group, other)
     text = report.markdown(report.grouped([result, hotter]))
     assert text.count("near misses 0.5") == 1, "one row's settings in full, the other's next to them"
     assert "as asentmax + nape (a), but run 1: head drop 0.0; run 2: minutes 0.0, warmup 500" in text
