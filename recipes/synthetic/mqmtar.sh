@@ -12,15 +12,15 @@
 #
 # A first run can end with an e (wrong queries / queries / pairs, at 64x, in its validation) of 5e-6 or 5e-4, and what
 # comes of it follows from that: the paper's second run has made 100% at 1024x of four below 2e-5, and 100 and 99% of
-# 3.3e-5 and 4.8e-5 with hard samples; none has mended 5e-4. So one above GOOD (own 2e-5, paper 5e-5), or that stays on the
-# plateau, is followed by another, of the seed 100 further, until there were TRIES (4); where none is good, the best one
-# goes on. Methods that never are good get as many.
+# 3.3e-5 and 4.8e-5 with hard samples; none has mended 5e-4. So one above GOOD (own 2e-5, paper 5e-5), or that stays
+# on the plateau, is followed by another, of the seed 100 further, until there were TRIES (4); where none is good, the
+# best one goes on. Methods that never are good get as many.
 #
 # METHOD is the attention (default asentmax), MINUTES (own 3.2, paper 1.6), MORE_MINUTES (own 1.2, paper 8.5) and
 # THIRD_MINUTES (4) are the training times, RUNS the folder, FLAGS go to every run, FIRST_FLAGS, MORE_FLAGS and
 # THIRD_FLAGS to one of them, EVALUATE_FLAGS to the last one's test; with FIRST_ONLY=1 one first run is all
-# (ablations.py). Those of both in results/ were made before first runs had hard samples: FIRST_FLAGS="--hard-candidates
-# 1" GOOD=2e-5.
+# (ablations.py). Those of both in results/ were made before first runs had hard samples:
+# FIRST_FLAGS="--hard-candidates 1" GOOD=2e-5.
 set -euo pipefail
 if [[ ${1:---help} == --help ]]; then
     sed -n '2,/^set/{/^#/s/^# \?//p}' "$0"

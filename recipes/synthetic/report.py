@@ -41,6 +41,7 @@ __all__ = [
     "names",
     "tables",
     "times_million",
+    "trained_alike",
 ]
 
 PUBLISHED: dict[str, Any] = json.loads((Path(__file__).parent / "published.json").read_text())
