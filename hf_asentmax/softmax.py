@@ -126,10 +126,11 @@ def softmax_attention(
             _flex_anchor(query, key, attention_mask, slopes, is_causal, sliding_window),
             attention_mask,
         ]
-        flex: Callable[..., torch.Tensor] = _compiled_flex() if device_type == "cuda" else _flex
+        flex: Callable[..., torch.Tensor] = _flex
         if torch.compiler.is_compiling():
-            flex = _flex
             captured = [None if tensor is None else _materialized(tensor) for tensor in captured]
+        elif device_type == "cuda":
+            flex = _compiled_flex()
         # Numbers come as tensors: other ones would be another kernel
         per_head = query.new_ones(query.shape[1], dtype=torch.promote_types(query.dtype, torch.float32))
         numbers = [None if number is None else number * per_head for number in (scale, softcap, slopes)]

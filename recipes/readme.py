@@ -297,7 +297,7 @@ _SYNTHETIC_NOTES = (
     "published ones (the paper's, best of 3 seeds, and an independent group's, both on the paper's data).",
     "- **Entmax and SSMax on the paper's data had the same two runs as ASEntmax**, with its learning rates, one seed "
     "each, and end where its three seeds do: at this length it is the training that decides, and a sparse mapping or "
-    "a length scaling is enough for it ([what tells them apart](recipes/synthetic/findings.md#mqmtar-what-was-run)). "
+    "a length scaling is enough for it ([their errors](recipes/synthetic/findings.md#mqmtar-what-was-run)). "
     "Softmax's row there is of the runs before, the best of three learning rates, with a shorter second run, without "
     "`--alibi-window` and with hard samples in the second run only (ASEntmax's three seeds then: 100.0, 91.5 and "
     "97.5). On our own data the others had 4.4 minutes of near misses (ASEntmax's then: 100.0, 73.0 and 86.0), one "
@@ -351,7 +351,7 @@ def synthetic(*contents: dict[str, Any]) -> str:
             "Multi-query multi-token associative recall, trained on at most 64 tokens, exact match in %:",
             markdown_table(["", *(f"{64 * multiple:,} ({multiple}x)" for multiple in shown)], rows),
             *(f"† {text}" for text in caveats(compared, "recipes/synthetic/findings.md")),
-            *([_OTHERWISE] if "‡" in str(others) else []),
+            *([_OTHERWISE] if any("‡" in name for name, *_ in others) else []),
             "\n".join([*notes, *_SYNTHETIC_NOTES]),
             *_beyond(),
             *origins,

@@ -55,7 +55,7 @@ def case_of(name: str, kv_heads: int, dtype: torch.dtype, device: str = "cpu") -
     """[query, key, value], the output's gradient, and the options of a case."""
     q_len, kv_len, options = CASES[name]
     options = dict(options)
-    batch = options.pop("batch", BATCH)
+    batch, expanded = options.pop("batch", BATCH), options.pop("expanded", False)
     generator = torch.Generator().manual_seed(7)
     shapes = ((batch, HEADS, q_len, 16), (batch, kv_heads, kv_len, 16), (batch, kv_heads, kv_len, 24))
     tensors = [torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes]
@@ -65,16 +65,13 @@ def case_of(name: str, kv_heads: int, dtype: torch.dtype, device: str = "cpu") -
         options["attention_mask"] = torch.rand(shape, generator=generator) > 0.6
         options["attention_mask"][0, :, 3] = False
         options["attention_mask"][1, :, :, 20:] = False
-        if options.pop("expanded", False):
-            options["attention_mask"] = options["attention_mask"][:1].expand(batch, -1, -1, -1)
     if "alibi_slopes" in options:
         options["alibi_slopes"] = torch.tensor([1.0, 0.5, 0.05, 0.0])
     if "cu_seqlens" in options:
         options["cu_seqlens"] = torch.tensor(options["cu_seqlens"], dtype=torch.int32)
     moved = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in options.items()}
-    mask = options.get("attention_mask")
-    if mask is not None and mask.stride(0) == 0:  # moving makes copies
-        moved["attention_mask"] = mask[:1].to(device).expand_as(mask)
+    if expanded:
+        moved["attention_mask"] = moved["attention_mask"][:1].expand(batch, -1, -1, -1)
     return tensors, grad, {"scale": 0.25, "is_causal": True, **moved}
 
 
@@ -96,11 +93,16 @@ def check(name: str, kv_heads: int, dtype: torch.dtype, device: str, tolerance: 
         assert bool((output[nothing] == 0).all()) and bool((grads[0][nothing] == 0).all())
 
 
-@pytest.fixture
-def flex_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No bias, whatever the lengths; on the CPU, FlexAttention's reference lets gradients through."""
+def without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No bias, whatever the lengths: what is neither plain nor a single query goes to FlexAttention."""
     monkeypatch.setattr(softmax, "_SHORT", 0)
     monkeypatch.setattr(softmax, "_FEW", 1)
+
+
+@pytest.fixture
+def flex_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`without_bias`; on the CPU, FlexAttention's reference lets gradients through."""
+    without_bias(monkeypatch)
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
     torch._dynamo.reset()
 
@@ -264,8 +266,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU
 @pytest.mark.parametrize("name", CASES)
 def test_on_a_gpu(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if way == "flex":
-        monkeypatch.setattr(softmax, "_SHORT", 0)
-        monkeypatch.setattr(softmax, "_FEW", 1)
+        without_bias(monkeypatch)
     torch._dynamo.reset()
     check(name, 2, torch.bfloat16, "cuda", 8e-3)
 
@@ -277,8 +278,7 @@ def test_on_a_gpu(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_compiled_on_a_gpu(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As part of a compiled graph: what FlexAttention's functions capture is made in the same graph."""
     if way == "flex":
-        monkeypatch.setattr(softmax, "_SHORT", 0)
-        monkeypatch.setattr(softmax, "_FEW", 1)
+        without_bias(monkeypatch)
     torch._dynamo.reset()
     monkeypatch.setattr(softmax, "softmax_attention", torch.compile(softmax.softmax_attention, fullgraph=True))
     check(name, 2, torch.bfloat16, "cuda", 8e-3)
@@ -294,23 +294,25 @@ def test_large_batches_on_a_gpu(batch: int, q_len: int, kv_len: int, compiled: b
     generator = torch.Generator("cuda").manual_seed(5)
     shapes = ((batch, 16, length, 32) for length in (q_len, kv_len, kv_len))
     query, key, value = (torch.randn(s, device="cuda", dtype=torch.bfloat16, generator=generator) for s in shapes)
-    options: dict[str, Any] = {"scale": 0.2, "is_causal": True}
-    options["alibi_slopes"] = torch.tensor([0.5**head if head < 8 else 0.0 for head in range(16)], device="cuda")
+    slopes = torch.tensor([0.5**head if head < 8 else 0.0 for head in range(16)], device="cuda")
+    options: dict[str, Any] = {"scale": 0.2, "is_causal": True, "alibi_slopes": slopes}
+    mask = None
     if q_len == kv_len:
-        shape = (batch, 16, q_len, kv_len)
-        options["attention_mask"] = torch.rand(shape, device="cuda", generator=generator) > 0.3
+        mask = torch.rand(batch, 16, q_len, kv_len, device="cuda", generator=generator) > 0.3
+
+    def of(rows: slice) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        given = [tensor[rows] for tensor in (query, key, value)]
+        return given, {**options, "attention_mask": None if mask is None else mask[rows]}
+
     attend = torch.compile(softmax.softmax_attention) if compiled else softmax.softmax_attention
     with torch.no_grad():
         for rows in (slice(0, batch // 8), slice(None)):  # another batch: its size is a variable of the graph
-            given = {**options}
-            if "attention_mask" in options:
-                given["attention_mask"] = options["attention_mask"][rows]
-            output = attend(query[rows], key[rows], value[rows], **given)
+            tensors, given = of(rows)
+            output = attend(*tensors, **given)
         for row in (0, batch // 2, batch - 1):
             one = slice(row, row + 1)
-            exact = [tensor[one].double() for tensor in (query, key, value)]
-            if "attention_mask" in options:
-                given["attention_mask"] = options["attention_mask"][one]
+            tensors, given = of(one)
+            exact = [tensor.double() for tensor in tensors]
             wanted = entmax_attention(*exact, alpha=1.0, backend="eager", **given)
             assert_close("output", output[one], wanted, 8e-3)
 

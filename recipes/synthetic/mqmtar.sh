@@ -19,7 +19,7 @@
 # METHOD is the attention (default asentmax), MINUTES (own 3.2, paper 1.6), MORE_MINUTES (own 1.2, paper 8.5) and
 # THIRD_MINUTES (4) are the training times, RUNS the folder, FLAGS go to every run, FIRST_FLAGS, MORE_FLAGS and
 # THIRD_FLAGS to one of them, EVALUATE_FLAGS to the last one's test; with FIRST_ONLY=1 one first run is all
-# (ablations.py). Those of both in results/ were made before first runs had hard samples:
+# (ablations.py). What results/ has of both was made before first runs had hard samples:
 # FIRST_FLAGS="--hard-candidates 1" GOOD=2e-5.
 set -euo pipefail
 if [[ ${1:---help} == --help ]]; then
