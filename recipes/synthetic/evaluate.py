@@ -94,7 +94,7 @@ def evaluate_run(
 
     Args:
         folder: with run.json and model/.
-        results_file: to write, or to go on with.
+        results_file: to write, or to go on with; another run's is kept beside it, as .json.before.
         multiples: of the longest training length; None for the task's own.
         samples, long_samples: up to 64 times that length, and beyond.
         minutes: for one length at most.
@@ -109,6 +109,9 @@ def evaluate_run(
             results["lengths"] = earlier["lengths"]
             commands = [*earlier["evaluation"]["command"].split("; "), results["evaluation"]["command"]]
             results["evaluation"]["command"] = "; ".join(dict.fromkeys(commands))
+        else:
+            aside = results_file.replace(results_file.with_suffix(".json.before"))
+            tqdm.write(f"{results_file} has the results of another run of that name: they are kept as {aside.name}")
     task = task_of(run, pool)
     set_matmul_precision(task)
     model: PreTrainedModel | None = None

@@ -13,6 +13,7 @@ would have it (the design effect). Contexts are not those of tests or validation
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -31,7 +32,7 @@ from recipes.common import length_axes, markdown_table, results_header, save_fig
 from recipes.synthetic.evaluate import add_measuring_flags, fewer_pairs, run_folders, task_of
 from recipes.synthetic.measuring import autocast, fixed_batches, set_matmul_precision, wilson_interval
 from recipes.synthetic.models import load_model
-from recipes.synthetic.report import times_million
+from recipes.synthetic.report import COLORS, times_million
 from recipes.synthetic.tasks import Batch, Mqmtar
 
 __all__ = ["interval", "main", "measure_law", "questions"]
@@ -164,13 +165,17 @@ def table(runs: dict[str, Any]) -> str:
 
 
 def figure(runs: dict[str, Any], file: Path) -> None:
-    """e by length with intervals; where no query was wrong, a triangle at the upper end of its interval."""
+    """e by length with intervals, a color a method; where no query was wrong, the interval's upper end, hollow."""
     lengths = sorted({entry["length"] for run in runs.values() for entry in run["lengths"]})
     drawing, (axes,) = length_axes(next(iter(runs.values()))["train_length"], lengths)
+    markers = {method: itertools.cycle("osD^vP*Xhp") for method in COLORS}
+    hollow: dict[str, Any] = {"linestyle": "", "markersize": 5, "markerfacecolor": "none"}
     for number, (name, run) in enumerate(runs.items()):
         beside = 2 ** (min(0.08, 0.6 / len(runs)) * (number - (len(runs) - 1) / 2))  # next to each other
         entries = [{**entry, "length": beside * entry["length"]} for entry in run["lengths"]]
-        color, marker, name = f"C{number % 10}", "osD"[number // 10 % 3], name.removeprefix("mqmtar-")
+        name = name.removeprefix("mqmtar-")
+        method = name.split("-")[0]
+        color, marker = COLORS[method], next(markers[method])
         found = [entry for entry in entries if entry["e"] > 0]
         if found:
             spread = [
@@ -178,12 +183,12 @@ def figure(runs: dict[str, Any], file: Path) -> None:
                 [entry["e_interval"][1] - entry["e"] for entry in found],
             ]
             at, e = ([entry[key] for entry in found] for key in ("length", "e"))
-            axes.errorbar(at, e, yerr=spread, marker=marker, markersize=4, capsize=3, label=name, color=color)
+            axes.errorbar(at, e, yerr=spread, marker=marker, markersize=5, capsize=3, label=name, color=color)
         none = [entry for entry in entries if entry["e"] == 0]
         above = [entry["e_interval"][1] for entry in none]
         label = None if found else name
-        axes.plot([entry["length"] for entry in none], above, linestyle="", marker="v", color=color, label=label)
-    axes.plot([], [], linestyle="", marker="v", color="gray", label="no query wrong: the interval's upper end")
+        axes.plot([entry["length"] for entry in none], above, marker=marker, color=color, label=label, **hollow)
+    axes.plot([], [], marker="o", color="gray", label="hollow: no query wrong, the interval's upper end", **hollow)
     axes.set(yscale="log", ylabel="e = wrong queries / queries / pairs", title="MQMTAR's query-error law")
     axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     drawing.set_figwidth(10.5)

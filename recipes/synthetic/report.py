@@ -28,6 +28,7 @@ from recipes.synthetic.settings import RunSettings
 from recipes.synthetic.tasks import TASKS
 
 __all__ = [
+    "COLORS",
     "TRACKS",
     "Group",
     "best",
@@ -50,7 +51,7 @@ _UNNAMED = {"method", "positions", "steps", "minutes", "log_every", "save_every"
 _UNNAMED |= {"validations", "validate_multiple", "validate_samples", "start_from", "tries", "give_up"}
 # One color a method in every figure; published rows are gray.
 _COLORED = ("asentmax", "softmax", "entmax", "ssmax", "adaptive_temperature", "topk", "stick_breaking")
-_COLORS = dict(zip(_COLORED, (OURS[0], *(color for color, _ in OTHERS[1:5]), "#e69f00", "#8c510a"), strict=True))
+COLORS = dict(zip(_COLORED, (OURS[0], *(color for color, _ in OTHERS[1:5]), "#e69f00", "#8c510a"), strict=True))
 TRACKS = {"paper": "the paper's distribution", "own": "a distribution of our own"}
 # What is wrong with a run that stays in the tables as it was measured: "caveat" in its results file.
 _CAVEATS = {
@@ -198,14 +199,16 @@ def grouped(results: list[dict[str, Any]]) -> list[Group]:
 def best(groups: list[Group]) -> Group:
     """The group of most seeds, and of those the one that holds furthest, with most of the samples right there.
 
-    Of two with as many right there, the one that has more at the next shorter length.
+    Of two with as many right there, the one that has more at the next shorter length; where none holds, the one with
+    more right.
     Seeds come first: the best of many settings with one seed each is mostly luck. Before them comes having no caveat.
     """
 
-    def rank(group: Group) -> tuple[bool, int, list[tuple[int, float]]]:
+    def rank(group: Group) -> tuple[bool, int, list[tuple[int, float]], list[tuple[int, float]]]:
         pooled = {multiple: group.pooled(multiple) for multiple in group.multiples()}
-        held = [(multiple, found[0]) for multiple, found in pooled.items() if found is not None and found[0] >= 50]
-        return not group.caveat, len(group.results), sorted(held, reverse=True)
+        all_found = sorted(((multiple, found[0]) for multiple, found in pooled.items() if found), reverse=True)
+        held = [(multiple, right) for multiple, right in all_found if right >= 50]
+        return not group.caveat, len(group.results), held, all_found
 
     return max(groups, key=rank)
 
@@ -337,7 +340,7 @@ def figure(groups: list[Group], file: Path) -> None:
     methods = list(dict.fromkeys((group.method, group.positions) for group in groups))
     finest = [best([g for g in groups if (g.method, g.positions) == method]) for method in methods]
     for name, group in zip(names(groups), groups, strict=True):
-        color = _COLORS[group.method]
+        color = COLORS[group.method]
         values = [(trained * multiple, group.pooled(multiple)) for multiple in sorted(group.multiples())]
         shown = [(length, *pooled) for length, pooled in values if pooled is not None]
         at, accuracy, low, high = zip(*shown, strict=True)

@@ -58,6 +58,13 @@ def test_train_evaluate_report(
     with pytest.raises(ValueError, match="--pool is for MQMTAR's keys and values; this run learnt copy"):
         evaluate.main([str(runs / "copy-asentmax-rope"), "--pool", "400", *test])
 
+    train.main(["--task", "copy", "--positions", "rope", *common, "--out", str(tmp_path / "others")])
+    assert not list(results.glob("*.before"))
+    evaluate.main([str(tmp_path / "others"), "--multiples", "1", *test])
+    assert "they are kept as copy-asentmax-rope-seed0.json.before" in capsys.readouterr().out
+    (aside,) = results.glob("*.before")
+    assert [len(json.loads(file.read_text())["lengths"]) for file in (aside, aside.with_suffix(""))] == [2, 1]
+
     report.main(["--results", str(results)])
     text = (results / "report.md").read_text()
     assert text.index("mqmtar, trained on the paper's") < text.index("mqmtar, trained on a distribution of our own")
@@ -135,6 +142,10 @@ def test_the_best_of_two_settings_and_the_time_that_their_minutes_lack() -> None
         entries = ({"multiple": m, "samples": 100, "exact_match": share} for m, share in ((4, at_4), (16, 0.9)))
         return report.Group("mqmtar", "paper", "asentmax", "nape", f"lr {lr}", ({"run": run, "lengths": [*entries]},))
 
+    none_holds = [group(0.1, 0.2), group(0.2, 0.3)]
+    for one in none_holds:
+        one.results[0]["lengths"][1]["exact_match"] = 0.0
+    assert report.best(none_holds) is report.best(none_holds[::-1]) is none_holds[1]
     earlier = {"seed": 201, "settings": {"minutes": 1.5}}
     last = {"seed": 1, "settings": {"minutes": 4.0}, "started_from": {**earlier, "seed": 1, "started_from": earlier}}
     worse, better = group(0.1, 0.8, seed=0, settings={"minutes": 2.0}), group(0.2, 0.9, **last)
