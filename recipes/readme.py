@@ -20,7 +20,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes.benchmark import attention_report, decode_report
 from recipes.common import markdown_table, short_commit
-from recipes.synthetic.report import TRACKS, Group, best, caveats, grouped, in_all, in_vain, tables, trained_alike
+from recipes.synthetic.report import (
+    TRACKS,
+    Group,
+    caveats,
+    compared,
+    grouped,
+    in_all,
+    in_vain,
+    tables,
+    trained_alike,
+)
 
 RECIPES = Path(__file__).resolve().parent
 README = RECIPES.parent / "README.md"
@@ -315,11 +325,11 @@ def synthetic(*contents: dict[str, Any]) -> str:
     notes: list[str] = []
     origins: list[str] = []
     others: list[list[str]] = []
-    compared: list[Group] = []
+    in_table: list[Group] = []
     under_nape = [group for group in grouped(list(contents)) if group.positions == "nape"]
     for (_, track), of_track in tables(under_nape):
         members = [group for group in of_track if group.method == "asentmax"]
-        group = best(members)
+        group, *its_others = sorted(compared(of_track), key=lambda one: one.method != "asentmax")
         runs = [result["run"] for result in group.results]
         rows.extend(_rows(group, shown))
         last = max(multiple for multiple in shown if group.pooled(multiple))
@@ -335,12 +345,9 @@ def synthetic(*contents: dict[str, Any]) -> str:
             f"{_other_settings(members, group, last)}."
         )
         origins.append(_origin_of_seeds([result["evaluation"] for result in group.results]))
-        compared.append(group)
-        for method in dict.fromkeys(group.method for group in of_track if group.method != "asentmax"):
-            its = [other for other in of_track if other.method == method]
-            other = best([one for one in its if trained_alike(one, group)] or its)
+        in_table.extend([group, *its_others])
+        for other in its_others:
             others.extend(_rows(other, shown, "" if trained_alike(other, group) else "‡"))
-            compared.append(other)
     rows.extend(others)
     for method, sources in published["mqmtar"].items():
         for source, values in sources.items():
@@ -350,7 +357,7 @@ def synthetic(*contents: dict[str, Any]) -> str:
             "![Exact match against length](recipes/synthetic/results/mqmtar-paper.png)",
             "Multi-query multi-token associative recall, trained on at most 64 tokens, exact match in %:",
             markdown_table(["", *(f"{64 * multiple:,} ({multiple}x)" for multiple in shown)], rows),
-            *(f"† {text}" for text in caveats(compared, "recipes/synthetic/findings.md")),
+            *(f"† {text}" for text in caveats(in_table, "recipes/synthetic/findings.md")),
             *([_OTHERWISE] if any("‡" in name for name, *_ in others) else []),
             "\n".join([*notes, *_SYNTHETIC_NOTES]),
             *_beyond(),

@@ -158,6 +158,19 @@ def test_the_best_of_two_settings_and_the_time_that_their_minutes_lack() -> None
     assert report.in_vain([counted]) == " (without 3 first runs, 4.5 minutes, whose validation was worse)"
 
 
+def test_what_is_compared_was_trained_alike() -> None:
+    def group(method: str, share: float, lr: float, batch: int) -> report.Group:
+        run = {"task": "copy", "seed": 0, "settings": {"minutes": 1.0, "batch": batch}, "task_settings": {"lr": lr}}
+        lengths = [{"multiple": 1, "samples": 100, "exact_match": share}]
+        return report.Group("copy", "paper", method, "nape", "", ({"run": run, "lengths": lengths},))
+
+    ours, alike = group("asentmax", 0.8, 0.1, 512), group("softmax", 0.7, 0.2, 512)
+    others = [group("asentmax", 0.6, 0.1, 256), group("softmax", 0.9, 0.1, 256), group("softmax", 0.6, 0.1, 512)]
+    topk = group("topk", 0.5, 0.1, 256)
+    assert report.compared([others[0], ours, *others[1:], alike, topk]) == [ours, alike, topk]
+    assert report.compared(others[1:]) == [others[1]], "nothing of ours beside them: the best one"
+
+
 def mqmtar_environment(tmp_path: Path) -> dict[str, str]:
     """What mqmtar.sh takes from the environment, for runs of a second."""
     flags = " ".join([*SIZE_FLAGS, "--no-compile --minutes 0.01 --batch 8 --validate-samples 4 --validate-multiple 1"])
