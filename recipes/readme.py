@@ -20,17 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes.benchmark import attention_report, decode_report
 from recipes.common import markdown_table, short_commit
-from recipes.synthetic.report import (
-    TRACKS,
-    Group,
-    caveats,
-    compared,
-    grouped,
-    in_all,
-    in_vain,
-    tables,
-    trained_alike,
-)
+from recipes.synthetic.report import TRACKS, Group, caveats, compared, grouped, in_all, in_vain, tables, trained_alike
 
 RECIPES = Path(__file__).resolve().parent
 README = RECIPES.parent / "README.md"
@@ -329,7 +319,8 @@ def synthetic(*contents: dict[str, Any]) -> str:
     under_nape = [group for group in grouped(list(contents)) if group.positions == "nape"]
     for (_, track), of_track in tables(under_nape):
         members = [group for group in of_track if group.method == "asentmax"]
-        group, *its_others = sorted(compared(of_track), key=lambda one: one.method != "asentmax")
+        chosen = compared(of_track)
+        (group,) = (one for one in chosen if one.method == "asentmax")
         runs = [result["run"] for result in group.results]
         rows.extend(_rows(group, shown))
         last = max(multiple for multiple in shown if group.pooled(multiple))
@@ -345,9 +336,10 @@ def synthetic(*contents: dict[str, Any]) -> str:
             f"{_other_settings(members, group, last)}."
         )
         origins.append(_origin_of_seeds([result["evaluation"] for result in group.results]))
-        in_table.extend([group, *its_others])
-        for other in its_others:
-            others.extend(_rows(other, shown, "" if trained_alike(other, group) else "‡"))
+        in_table.extend(chosen)
+        for other in chosen:
+            if other is not group:
+                others.extend(_rows(other, shown, "" if trained_alike(other, group) else "‡"))
     rows.extend(others)
     for method, sources in published["mqmtar"].items():
         for source, values in sources.items():

@@ -110,7 +110,10 @@ def evaluate_run(
             commands = [*earlier["evaluation"]["command"].split("; "), results["evaluation"]["command"]]
             results["evaluation"]["command"] = "; ".join(dict.fromkeys(commands))
         else:
-            aside = results_file.replace(results_file.with_suffix(".json.before"))
+            aside = results_file.with_suffix(".json.before")
+            while aside.exists():
+                aside = aside.with_name(f"{aside.name}.before")
+            results_file.rename(aside)
             tqdm.write(f"{results_file} has the results of another run of that name: they are kept as {aside.name}")
     task = task_of(run, pool)
     set_matmul_precision(task)

@@ -174,8 +174,7 @@ def figure(runs: dict[str, Any], file: Path) -> None:
         beside = 2 ** (min(0.08, 0.6 / len(runs)) * (number - (len(runs) - 1) / 2))  # next to each other
         entries = [{**entry, "length": beside * entry["length"]} for entry in run["lengths"]]
         name = name.removeprefix("mqmtar-")
-        method = name.split("-")[0]
-        color, marker = COLORS[method], next(markers[method])
+        color, marker = COLORS[run["method"]], next(markers[run["method"]])
         found = [entry for entry in entries if entry["e"] > 0]
         if found:
             spread = [
@@ -228,6 +227,8 @@ def main(arguments: list[str] | None = None) -> None:
         header = results_header(parsed.device, [SEED])
         if name in runs and runs[name]["run"] == run["header"]:
             lengths = {entry["multiple"]: entry for entry in runs[name]["lengths"]}
+        elif name in runs:
+            tqdm.write(f"{parsed.output} has {name} of another run: this one takes its place")
         for multiple in parsed.multiples:
             entry = measure_law(
                 model,
@@ -241,7 +242,12 @@ def main(arguments: list[str] | None = None) -> None:
                 entry["pool"] = parsed.pool
             lengths[multiple] = {"multiple": multiple, "header": header, **entry}
             found = [lengths[key] for key in sorted(lengths)]
-            runs[name] = {"train_length": task.max_length, "run": run["header"], "lengths": found}
+            runs[name] = {
+                "method": run["settings"]["method"],
+                "train_length": task.max_length,
+                "run": run["header"],
+                "lengths": found,
+            }
             write_json(parsed.output, {"runs": runs})
             low, high = entry["e_interval"]
             tqdm.write(

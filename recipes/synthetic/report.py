@@ -221,12 +221,7 @@ def compared(groups: list[Group]) -> list[Group]:
         methods[group.method, group.positions].append(group)
     ours = [group for group in groups if group.method == "asentmax"]
     pattern = best(ours) if ours else None
-
-    def chosen(its: list[Group]) -> Group:
-        alike = [group for group in its if pattern and trained_alike(group, pattern)]
-        return best(alike if alike and its[0].method != "asentmax" else its)
-
-    return [chosen(its) for its in methods.values()]
+    return [best([g for g in its if pattern and trained_alike(g, pattern)] or its) for its in methods.values()]
 
 
 def caveats(groups: list[Group], findings: str) -> list[str]:
@@ -366,8 +361,7 @@ def figure(groups: list[Group], file: Path) -> None:
                 low, high = tuple(map(min, shares)), tuple(map(max, shares))
                 name += f": mean and range of {len(group.results)} seeds"
             width, size, order = (4.5, 9.0, 1.9) if group.method == "asentmax" else (2.0, 6.0, 2.0)
-            line: dict[str, Any] = {"linewidth": width, "markersize": size, "zorder": order}
-            axes.plot(at, accuracy, marker="o", label=name, color=color, **line)
+            axes.plot(at, accuracy, "o-", label=name, color=color, linewidth=width, markersize=size, zorder=order)
             axes.fill_between(at, low, high, color=color, alpha=0.15, linewidth=0)
         else:
             axes.plot(at, accuracy, marker=".", linewidth=0.8, color=color, alpha=0.5)

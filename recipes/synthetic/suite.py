@@ -9,8 +9,8 @@ runs/suite/ (--out); jobs that have ended well there are not run again, and a ru
 takes one job at a time, and very long.
 
 The list has MQMTAR on the paper's data and, from there, on our own; the other tasks; softmax, entmax and SSMax beside
-all of these, with the same flags; and the ablations on the paper's data. FLAGS and what else mqmtar.sh takes from the
-environment reach its jobs.
+all of these but our own data, with the same flags; and the ablations on the paper's data. FLAGS and what else mqmtar.sh
+takes from the environment reach its jobs.
 """
 
 from __future__ import annotations

@@ -109,6 +109,16 @@ def test_the_law_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     output.with_suffix(".png").unlink()
     law.main(["--report", "--output", str(output)])
     assert output.with_suffix(".png").exists() and "| 1x | 2x | 4x |" in output.with_suffix(".md").read_text()
+    train.main(["--task", "mqmtar", *common, "--out", str(tmp_path / "others")])
+    (tmp_path / "others" / "mqmtar-asentmax-nape").rename(tmp_path / "mine")
+    capsys.readouterr()
+    law.main([str(tmp_path / "mine"), "--multiples", "1", "--queries", "8", "--device", "cpu", "--output", str(output)])
+    assert list(json.loads(output.read_text())["runs"]) == ["mqmtar-asentmax-nape seed0", "mine seed0"]
+    assert "another run" not in capsys.readouterr().out
+    (tmp_path / "mine").rename(tmp_path / "others" / "mqmtar-asentmax-nape")
+    other = str(tmp_path / "others" / "mqmtar-asentmax-nape")
+    law.main([other, "--multiples", "1", "--queries", "8", "--device", "cpu", "--output", str(output)])
+    assert "has mqmtar-asentmax-nape seed0 of another run" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         law.main([str(tmp_path / "copy-asentmax-nape"), "--device", "cpu", "--output", str(output)])
     assert "was trained on copy; the law is of MQMTAR's queries" in capsys.readouterr().err

@@ -64,6 +64,8 @@ def test_train_evaluate_report(
     assert "they are kept as copy-asentmax-rope-seed0.json.before" in capsys.readouterr().out
     (aside,) = results.glob("*.before")
     assert [len(json.loads(file.read_text())["lengths"]) for file in (aside, aside.with_suffix(""))] == [2, 1]
+    evaluate.main([str(runs / "copy-asentmax-rope"), "--multiples", "1", *test])
+    assert len(list(results.glob("*.before"))) == 2, "what was kept is not overwritten either"
 
     report.main(["--results", str(results)])
     text = (results / "report.md").read_text()
