@@ -13,14 +13,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipes.benchmark import attention_report, decode_report
 from recipes.common import markdown_table, short_commit
-from recipes.synthetic.report import TRACKS, Group, caveats, compared, grouped, in_all, in_vain, tables, trained_alike
+from recipes.synthetic.report import TRACKS, Group, caveats, compared, grouped, in_vain, tables, trained_alike
 
 RECIPES = Path(__file__).resolve().parent
 README = RECIPES.parent / "README.md"
@@ -335,8 +334,8 @@ def synthetic(*contents: dict[str, Any]) -> str:
         notes.append(
             f"- **Trained on {TRACKS[track]}**: {len(runs)} seed{'s' if many else ''} ({each} at {last}x; 95% interval "
             f"of the best one's {best_seed.entries(last)[0]['samples']} samples {low:.1f} to {high:.1f}), "
-            f"{'on average ' if many else ''}{fmean(in_all(run, 'samples') for run in runs) / 1e6:.1f}M samples in "
-            f"{fmean(in_all(run, 'seconds') for run in runs) / 60:.1f} minutes of one GPU{in_vain(runs)}"
+            f"{'on average ' if many else ''}{group.millions:.1f}M samples in "
+            f"{group.minutes:.1f} minutes of one GPU{in_vain(runs)}"
             f"{_other_settings(members, group, last)}."
         )
         origins.append(_origin_of_seeds([result["evaluation"] for result in group.results]))

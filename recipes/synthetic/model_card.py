@@ -15,7 +15,6 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -23,7 +22,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from recipes.synthetic.evaluate import RESULTS
-from recipes.synthetic.report import TRACKS, Group, best, caveats, grouped, in_all, in_vain, tables
+from recipes.synthetic.report import TRACKS, Group, best, caveats, grouped, in_vain, tables
 from recipes.synthetic.tasks import TASKS, MaxRetrieval
 
 __all__ = ["card", "main"]
@@ -86,8 +85,8 @@ def card(group: Group) -> str:
         track=TRACKS[group.track],
         on_average=" on average" if many else "",
         without=in_vain(runs),
-        samples=f"{fmean(in_all(one, 'samples') for one in runs) / 1e6:.1f}",
-        minutes=f"{fmean(in_all(one, 'seconds') for one in runs) / 60:.1f}",
+        samples=f"{group.millions:.1f}",
+        minutes=f"{group.minutes:.1f}",
         device=run["header"]["device"]["name"],
         versions=run["header"]["versions"],
         commits=", ".join(dict.fromkeys(one["header"]["commit"] for one in runs)),

@@ -173,6 +173,29 @@ def test_what_is_compared_was_trained_alike() -> None:
     assert report.compared(others[1:]) == [others[1]], "nothing of ours beside them: the best one"
 
 
+def test_figures_tell_a_baseline_that_was_trained_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By minutes and by samples: in the same time or over the same samples methods differ by their speed."""
+
+    def group(method: str, minutes: float, samples: int) -> report.Group:
+        timing = {"task": "copy", "seconds": 60 * minutes, "samples": samples}
+        run = {**timing, "settings": {"minutes": minutes}, "task_settings": {"max_length": 64}}
+        lengths = [{"multiple": m, "samples": 100, "exact_match": 0.5} for m in (1, 4)]
+        return report.Group("copy", "paper", method, "nape", "", ({"run": run, "lengths": lengths},))
+
+    drawn = {}
+    monkeypatch.setattr(report, "save_figure", lambda drawing, file: drawn.update({file.name: drawing}))
+    groups = [group("asentmax", 10, 100), group("entmax", 5, 50), group("softmax", 5, 95), group("ssmax", 10, 50)]
+    report.figure(groups, Path("copy.png"))
+    (axes,) = drawn["copy.png"].axes
+    dashed = {str(line.get_label()): line.get_linestyle() for line in axes.lines if line.get_marker() == "o"}
+    assert dashed == {
+        "asentmax + nape": "-",
+        "entmax + nape: 5.0 minutes, not 10.0": "--",
+        "softmax + nape": "-",
+        "ssmax + nape": "-",
+    }
+
+
 def mqmtar_environment(tmp_path: Path) -> dict[str, str]:
     """What mqmtar.sh takes from the environment, for runs of a second."""
     flags = " ".join([*SIZE_FLAGS, "--no-compile --minutes 0.01 --batch 8 --validate-samples 4 --validate-multiple 1"])
