@@ -298,8 +298,8 @@ _SYNTHETIC_NOTES = (
     "one seed each. The training carries softmax to 70% at 1024x (3% as published), and the rest of the way a sparse "
     "mapping or a length scaling is enough: a softmax query is 25 to 510 times as likely to be wrong there as one of "
     "ASEntmax's three seeds ([their errors](recipes/synthetic/findings.md#mqmtar-what-was-run)). Adaptive temperature, "
-    "which works outside of training only, has softmax's weights, and was tested on fewer samples at its "
-    "longer lengths.",
+    "which works outside of training only, has softmax's weights (on our own data rounded to bfloat16), and was "
+    "tested on fewer samples at its longer lengths.",
     "- **With near misses in training softmax gets there too.** On our own data softmax and SSMax had ASEntmax's three "
     "runs, with hard samples in the first one, which ASEntmax's had not, and the third begun from weights rounded to "
     "bfloat16; one seed each. Of 17,472 queries at 1024x 13 and 45 of theirs are wrong, none of ASEntmax's seed 0 "

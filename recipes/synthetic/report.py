@@ -223,14 +223,18 @@ def best(groups: list[Group]) -> Group:
     return max(groups, key=rank)
 
 
+def _ours(groups: list[Group]) -> Group | None:
+    """ASEntmax's best group, which those of other methods are compared with; None without one of ASEntmax."""
+    return best(found) if (found := [group for group in groups if group.method == "asentmax"]) else None
+
+
 def compared(groups: list[Group]) -> list[Group]:
     """Each method's best group; where some were trained as ASEntmax's best one was, the best of these."""
     methods: dict[tuple[str, str], list[Group]] = defaultdict(list)
     for group in groups:
         methods[group.method, group.positions].append(group)
-    ours = [group for group in groups if group.method == "asentmax"]
-    pattern = best(ours) if ours else None
-    return [best([g for g in its if pattern and trained_alike(g, pattern)] or its) for its in methods.values()]
+    ours = _ours(groups)
+    return [best([g for g in its if ours and trained_alike(g, ours)] or its) for its in methods.values()]
 
 
 def caveats(groups: list[Group], findings: str) -> list[str]:
@@ -359,8 +363,7 @@ def figure(groups: list[Group], file: Path) -> None:
     published = PUBLISHED["exact_match"].get(task, {})
     lengths = [trained * multiple for multiple in sorted(set().union(*(group.multiples() for group in groups)))]
     drawing, (axes,) = length_axes(trained, lengths)
-    finest = compared(groups)
-    ours = next((group for group in finest if group.method == "asentmax"), None)
+    finest, ours = compared(groups), _ours(groups)
     for name, group in zip(names(groups), groups, strict=True):
         color = COLORS[group.method]
         values = [(trained * multiple, group.pooled(multiple)) for multiple in sorted(group.multiples())]
