@@ -1,30 +1,19 @@
-"""The one public attention function: checks its input, picks a backend."""
+"""The one public attention function, and the choice of the backend that runs a call."""
 
 from __future__ import annotations
 
-import math
 import warnings
-from functools import partial
-from typing import Any
 
 import torch
 
-from . import kernels, softmax
-from .eager import eager_attention
-from .mappings import _check_alpha, entmax
-from .masks import mask_with_key_start
+from .backends import eager, torch_fused
+from .backends.triton import entry as triton_entry
+from .call import Call, Scoring
+from .masks import Masks
 
-__all__ = ["BACKENDS", "entmax_attention"]
+__all__ = ["BACKENDS", "attend", "entmax_attention"]
 
 BACKENDS = ("auto", "eager", "torch", "triton")
-
-_already_warned: set[str] = set()
-
-
-def _warn_once(message: str) -> None:
-    if not torch.compiler.is_compiling() and message not in _already_warned:
-        _already_warned.add(message)
-        warnings.warn(message, UserWarning, stacklevel=3)
 
 
 def entmax_attention(
@@ -85,223 +74,52 @@ def entmax_attention(
         TypeError, ValueError: an argument of the wrong type, shape or range; the message says what was expected.
         NotImplementedError: backend="triton" or "torch" where these kernels can't do what was asked.
     """
-    _check_alpha(alpha)
-    _check_tensors(query, key, value)
-    _check_scalars(scale, is_causal, sliding_window, softcap)
-    heads, q_len, head_dim = query.shape[1:]
-    kv_len = key.shape[2]
-    if scale is None:
-        scale = 1.0 / math.sqrt(head_dim)
-    if q_len > kv_len and (is_causal or sliding_window is not None or cu_seqlens is not None):
-        raise ValueError(
-            f"a causal, windowed or packed query of length {q_len} needs at least as many keys, got {kv_len}"
-        )
-    attention_mask = _checked_attention_mask(attention_mask, query, kv_len)
-    _check_alibi_slopes(alibi_slopes, heads, query.device)
-    _check_cu_seqlens(cu_seqlens, query, kv_len)
-    _check_key_start(key_start, query)
-    _check_key_norm_bound(key_norm_bound, key)
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-
-    options: dict[str, Any] = {
-        "alpha": float(alpha),
-        "attention_mask": attention_mask,
-        "alibi_slopes": alibi_slopes,
-        "cu_seqlens": cu_seqlens,
-        "sliding_window": sliding_window,
-        "softcap": softcap,
-    }
-    reason = None
-    chosen = backend if backend != "auto" else _fastest(query.device, alpha)
-    if chosen == "triton":
-        reason = kernels.unsupported_reason(query, key, value, **options)
-        if reason is None:
-            return kernels.entmax_attention_triton(
-                query,
-                key,
-                value,
-                scale=scale,
-                is_causal=is_causal,
-                key_start=key_start,
-                key_norm_bound=key_norm_bound,
-                **options,
-            )
-    if key_start is not None:  # only the kernels read it as it is
-        options["attention_mask"] = mask_with_key_start(attention_mask, key_start, query.shape[0], kv_len)
-    if chosen == "torch":
-        reason = softmax.unsupported_reason(query, key, value, is_causal=is_causal, **options)
-        if reason is None:
-            del options["alpha"]
-            return softmax.softmax_attention(query, key, value, scale=scale, is_causal=is_causal, **options)
-    if reason is not None:
-        if backend != "auto":
-            raise NotImplementedError(f"backend={backend!r} can't run this call: {reason}")
-        _warn_once(f"entmax_attention runs in plain PyTorch (slow, memory square in length): {reason}")
-
-    output, _ = eager_attention(
-        query,
-        key,
-        value,
-        mapping=partial(entmax, alpha=float(alpha)),
-        scale=scale,
-        is_causal=is_causal,
-        attention_mask=options["attention_mask"],
-        cu_seqlens=cu_seqlens,
-        sliding_window=sliding_window,
-        alibi_slopes=alibi_slopes,
-        softcap=softcap,
-    )
+    masks = Masks(is_causal, attention_mask, sliding_window, cu_seqlens, key_start)
+    scoring = Scoring(scale, alpha, None, softcap, alibi_slopes, key_norm_bound)
+    output, _ = attend(Call.checked(query, key, value, masks, scoring), backend)
     return output
 
 
-def _fastest(device: torch.device, alpha: float) -> str:
+def attend(call: Call, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The output of a checked call by a backend, and the weights if the call asks for them.
+
+    Args:
+        call: the call.
+        backend: as for `entmax_attention`.
+
+    Returns:
+        The output (batch, heads, q_len, value_dim) in query's type, and the weights (batch, heads, q_len, kv_len) or
+        None.
+
+    Raises:
+        NotImplementedError: backend="triton" or "torch" where these kernels cannot run the call.
+    """
+    chosen = backend if backend != "auto" else _fastest(call)
+    if chosen == "eager":
+        return eager.attention(call)
+    kernels = triton_entry if chosen == "triton" else torch_fused
+    reason = kernels.unsupported_reason(call)
+    if reason is None:
+        return kernels.attention(call), None
+    if backend != "auto":
+        raise NotImplementedError(f"backend={backend!r} can't run this call: {reason}")
+    _warn_once(f"hf_asentmax runs this attention in plain PyTorch (slow, memory square in the length): {reason}")
+    return eager.attention(call)
+
+
+def _fastest(call: Call) -> str:
     """The backend that "auto" tries."""
-    if device.type != "cuda":
+    if call.query.device.type != "cuda":
         return "eager"
-    return "torch" if alpha == 1.0 else "triton"
+    return "torch" if call.scoring.alpha == 1.0 else "triton"
 
 
-def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}; convert it first")
-        if tensor.ndim != 4:
-            raise ValueError(
-                f"{name} must be (batch, heads, length, head_dim), got {tensor.ndim} dimensions: {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                "query, key and value must share one type and device, got "
-                f"query {query.dtype} on {query.device}, {name} {tensor.dtype} on {tensor.device}"
-            )
-    batch, heads, _, head_dim = query.shape
-    kv_heads, kv_len = key.shape[1:3]
-    if key.shape[0] != batch or key.shape[3] != head_dim or value.shape[:3] != key.shape[:3]:
-        raise ValueError(
-            "expected query (batch, heads, q_len, head_dim), key (batch, kv_heads, kv_len, head_dim) and value "
-            f"(batch, kv_heads, kv_len, value_dim), got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-        )
-    if kv_heads == 0 or heads % kv_heads != 0:
-        raise ValueError(f"query's heads must be a multiple of key's, got {heads} and {kv_heads}")
-    if kv_len == 0:
-        raise ValueError("key has length 0; attention needs at least one key")
+_already_warned: set[str] = set()
 
 
-def _is_number(value: object, low: float, high: float) -> bool:
-    """Whether value is a number strictly between low and high, which NaN is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low < value < high
-
-
-def _check_scalars(scale: float | None, is_causal: bool, sliding_window: int | None, softcap: float | None) -> None:
-    if scale is not None and not _is_number(scale, -math.inf, math.inf):
-        raise ValueError(f"scale must be a finite number, got {scale!r}")
-    if not isinstance(is_causal, bool):
-        raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
-    if sliding_window is not None and not (isinstance(sliding_window, int) and _is_number(sliding_window, 0, math.inf)):
-        raise ValueError(f"sliding_window must be a whole number of at least 1, got {sliding_window!r}")
-    if softcap is not None and not _is_number(softcap, 0, math.inf):
-        raise ValueError(f"softcap must be a finite number above 0, got {softcap!r}")
-
-
-def _values_can_be_read(tensor: torch.Tensor) -> bool:
-    """Whether checking a tensor's values is free: on a GPU the host would wait, in a compiled graph it would break."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _kind(value: object) -> str:
-    """What came instead of a tensor, or a tensor's type, for a message."""
-    return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-def _checked_attention_mask(mask: torch.Tensor | None, query: torch.Tensor, kv_len: int) -> torch.Tensor | None:
-    """The mask as bool, after checking its type, shape and device."""
-    if mask is None:
-        return None
-    batch, heads, q_len, _ = query.shape
-
-    def expected() -> str:  # only where it is raised: a message with lengths would tie a compiled graph to them
-        return (
-            f"attention_mask must be ({batch}, {kv_len}) padding (bool or integer), or bool "
-            f"({batch}, 1 or {heads}, {q_len}, {kv_len})"
-        )
-
-    if not isinstance(mask, torch.Tensor):
-        raise TypeError(f"{expected()}, got {type(mask).__name__}")
-    if mask.ndim == 2:
-        fits = tuple(mask.shape) == (batch, kv_len)
-    else:
-        fits = mask.ndim == 4 and mask.shape[0] == batch and mask.shape[1] in (1, heads)
-        fits = fits and tuple(mask.shape[2:]) == (q_len, kv_len)
-    if not fits:
-        raise ValueError(f"{expected()}, got {tuple(mask.shape)}")
-    if mask.is_floating_point() or (mask.ndim == 4 and mask.dtype != torch.bool):
-        raise TypeError(f"{expected()}, got {mask.dtype}; an additive mask has to be compared first: mask == 0")
-    if mask.device != query.device:
-        raise ValueError(f"attention_mask is on {mask.device}, query on {query.device}")
-    return mask.to(torch.bool)
-
-
-def _check_alibi_slopes(slopes: torch.Tensor | None, heads: int, device: torch.device) -> None:
-    if slopes is None:
-        return
-    if not isinstance(slopes, torch.Tensor) or not slopes.is_floating_point():
-        raise TypeError(f"alibi_slopes must be a floating point tensor of shape (heads,), got {_kind(slopes)}")
-    if tuple(slopes.shape) != (heads,):
-        raise ValueError(f"alibi_slopes must have one slope a head, ({heads},), got {tuple(slopes.shape)}")
-    if slopes.device != device:
-        raise ValueError(f"alibi_slopes is on {slopes.device}, query on {device}")
-    if _values_can_be_read(slopes) and not bool(((slopes >= 0) & (slopes < torch.inf)).all()):
-        raise ValueError(f"alibi_slopes must be finite and at least 0, got {slopes.tolist()}")
-
-
-def _check_key_norm_bound(bound: torch.Tensor | None, key: torch.Tensor) -> None:
-    if bound is None:
-        return
-    batch, kv_heads = key.shape[:2]
-    if not isinstance(bound, torch.Tensor) or not bound.is_floating_point():
-        raise TypeError(f"key_norm_bound must be a floating point tensor, got {_kind(bound)}")
-    if tuple(bound.shape) not in ((batch, kv_heads), (1, kv_heads)):
-        raise ValueError(
-            f"key_norm_bound must be ({batch} or 1, {kv_heads}), one norm a key head, got {tuple(bound.shape)}"
-        )
-    if bound.device != key.device:
-        raise ValueError(f"key_norm_bound is on {bound.device}, key on {key.device}")
-
-
-def _check_key_start(key_start: torch.Tensor | None, query: torch.Tensor) -> None:
-    if key_start is None:
-        return
-    batch, _, q_len, _ = query.shape
-    if not isinstance(key_start, torch.Tensor) or key_start.dtype != torch.int32:
-        raise TypeError(f"key_start must be an int32 tensor of shape (batch or 1, q_len), got {_kind(key_start)}")
-    if key_start.ndim != 2 or key_start.shape[0] not in (1, batch) or key_start.shape[1] != q_len:
-        raise ValueError(
-            f"key_start must be (batch or 1, q_len), the query is {tuple(query.shape)}, got {tuple(key_start.shape)}"
-        )
-    if key_start.device != query.device:
-        raise ValueError(f"key_start is on {key_start.device}, query on {query.device}")
-
-
-def _check_cu_seqlens(cu_seqlens: torch.Tensor | None, query: torch.Tensor, kv_len: int) -> None:
-    if cu_seqlens is None:
-        return
-    if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(
-            f"cu_seqlens must be an int32 or int64 tensor of shape (sequences + 1,), got {_kind(cu_seqlens)}"
-        )
-    if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens must be (sequences + 1,), at least 2 long, got {tuple(cu_seqlens.shape)}")
-    if query.shape[0] != 1 or query.shape[2] != kv_len:
-        raise ValueError(
-            "cu_seqlens packs sequences into batch 1 with as many queries as keys, got "
-            f"batch {query.shape[0]}, q_len {query.shape[2]}, kv_len {kv_len}"
-        )
-    if cu_seqlens.device != query.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, query on {query.device}")
-    if _values_can_be_read(cu_seqlens):
-        steps = cu_seqlens.diff()
-        if cu_seqlens[0] != 0 or cu_seqlens[-1] != kv_len or bool((steps < 0).any()):
-            raise ValueError(f"cu_seqlens must rise from 0 to kv_len = {kv_len}, got {cu_seqlens.tolist()}")
+def _warn_once(message: str) -> None:
+    if not torch.compiler.is_compiling() and message not in _already_warned:
+        _already_warned.add(message)
+        warnings.warn(message, UserWarning, stacklevel=4)

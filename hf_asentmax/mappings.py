@@ -9,17 +9,24 @@ their type (float64 is the reference that the kernels are tested against).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.autograd.function import once_differentiable
 
 __all__ = [
+    "Mapping",
     "adaptive_temperature",
     "adaptive_temperature_softmax",
+    "check_alpha",
     "entmax",
     "entmax_threshold",
     "softmax",
     "top_k_softmax",
 ]
+
+# Scores (..., kv_len), -inf where the key is not visible -> weights of the same shape.
+Mapping = Callable[[torch.Tensor], torch.Tensor]
 
 # Newton's method from below, on a convex function. Rows of 65,536 scores (normal, near-uniform, sharp, geometric,
 # linear, square-root, two-level) settle within 14 steps in float32 and float64, for alpha from 1.05 to 2. The margin
@@ -39,7 +46,7 @@ def _working_dtype(scores: torch.Tensor, alpha: float) -> torch.dtype:
     return torch.float32
 
 
-def _check_alpha(alpha: float) -> None:
+def check_alpha(alpha: float) -> None:
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 1.0 <= alpha <= 2.0:
         raise ValueError(
             f"alpha must be a number from 1 (softmax) to 2 (sparsemax), got {alpha!r}; 1.5 is the method's own"
@@ -79,7 +86,7 @@ def entmax(scores: torch.Tensor, alpha: float = 1.5) -> torch.Tensor:
         ValueError: alpha outside [1, 2].
         TypeError: scores that are not floating point.
     """
-    _check_alpha(alpha)
+    check_alpha(alpha)
     if alpha == 1.0:
         return softmax(scores)
     return _Entmax.apply(scores, float(alpha))

@@ -1,10 +1,54 @@
-"""Which keys each query sees, as one boolean tensor: the plain definition that every backend follows."""
+"""Which keys each query sees: the masks of a call, and the plain definition that every backend follows."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 
-__all__ = ["alibi_positions", "mask_with_key_start", "query_positions", "visible_count", "visible_keys"]
+__all__ = ["Masks", "alibi_positions", "query_positions", "visible_count", "visible_keys"]
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Which keys each query may see. A query sees a key if every mask that is given shows it.
+
+    Attributes:
+        is_causal: query i sees no key after its own position.
+        attention_mask: bool, (batch, kv_len), true where the key is no padding; or bool
+            (batch, 1 or heads, q_len, kv_len), true where the query sees the key.
+        sliding_window: a query sees only keys less than this far away.
+        cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of sequences packed into one row of batch 1, from 0
+            to kv_len. A query sees its own sequence only.
+        key_start: (batch or 1, q_len) int32, the first key that each query may see.
+    """
+
+    is_causal: bool = True
+    attention_mask: torch.Tensor | None = None
+    sliding_window: int | None = None
+    cu_seqlens: torch.Tensor | None = None
+    key_start: torch.Tensor | None = None
+
+    def rows(self, part: slice) -> Masks:
+        """The masks of some query rows."""
+        mask, start = self.attention_mask, self.key_start
+        if mask is not None and mask.ndim == 4:
+            mask = mask[:, :, part]
+        return replace(self, attention_mask=mask, key_start=None if start is None else start[:, part])
+
+    def with_key_start_in_mask(self, batch: int, kv_len: int) -> Masks:
+        """Equal masks without `key_start`, for a backend that does not read it; memory is square in the length."""
+        if self.key_start is None:
+            return self
+        mask = torch.arange(kv_len, device=self.key_start.device) >= self.key_start[:, None, :, None]
+        if self.attention_mask is not None:
+            mask = mask & _four_dimensional(self.attention_mask)
+        return replace(self, attention_mask=mask.expand(batch, -1, -1, -1), key_start=None)
+
+
+def _four_dimensional(mask: torch.Tensor) -> torch.Tensor:
+    """(batch, 1, 1, kv_len) of a padding mask; a 4D mask as it is."""
+    return mask[:, None, None, :] if mask.ndim == 2 else mask
 
 
 def query_positions(q_len: int, kv_len: int, device: torch.device | str) -> torch.Tensor:
@@ -16,39 +60,32 @@ def query_positions(q_len: int, kv_len: int, device: torch.device | str) -> torc
     return torch.arange(q_len, device=device) + (kv_len - q_len)
 
 
-def visible_keys(
-    position: torch.Tensor,
-    kv_len: int,
-    *,
-    is_causal: bool,
-    attention_mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    sliding_window: int | None,
-) -> torch.Tensor | None:
-    """The intersection of all the masks that were given.
+def visible_keys(position: torch.Tensor, kv_len: int, masks: Masks) -> torch.Tensor | None:
+    """The intersection of all the masks that are given.
 
-    Causal: key j <= position. Sliding window w: |position - j| < w. Padding: the key is valid. Packed: query and key
-    lie in the same sequence.
+    Causal: key j <= position. Sliding window w: |position - j| < w. Packed: query and key lie in the same sequence.
+    First key: j >= key_start. Padding: the key is valid.
 
     Args:
         position: (rows,) int, the queries' indices among the keys, as `query_positions` gives them.
-        attention_mask: (batch, kv_len) or (batch, 1 or heads, rows, kv_len), bool.
-        cu_seqlens: (sequences + 1,) int, the sequences' boundaries in the keys, from 0 to kv_len.
+        masks: for these rows.
 
     Returns:
         bool, broadcastable to (batch, heads, rows, kv_len); None where every query sees every key.
     """
     key = torch.arange(kv_len, device=position.device)
     parts: list[torch.Tensor] = []
-    if is_causal:
+    if masks.is_causal:
         parts.append(key <= position[:, None])
-    if sliding_window is not None:
-        parts.append((position[:, None] - key).abs() < sliding_window)
-    if cu_seqlens is not None:
-        sequence = torch.bucketize(key, cu_seqlens.to(torch.int64), right=True)
+    if masks.sliding_window is not None:
+        parts.append((position[:, None] - key).abs() < masks.sliding_window)
+    if masks.cu_seqlens is not None:
+        sequence = torch.bucketize(key, masks.cu_seqlens.to(torch.int64), right=True)
         parts.append(sequence[position][:, None] == sequence)
-    if attention_mask is not None:
-        parts.append(attention_mask[:, None, None, :] if attention_mask.ndim == 2 else attention_mask)
+    if masks.key_start is not None:
+        parts.append(key >= masks.key_start[:, None, :, None])
+    if masks.attention_mask is not None:
+        parts.append(_four_dimensional(masks.attention_mask))
     if not parts:
         return None
     visible = parts[0]
@@ -57,49 +94,32 @@ def visible_keys(
     return visible.reshape((1,) * (4 - visible.ndim) + tuple(visible.shape))
 
 
-def mask_with_key_start(
-    attention_mask: torch.Tensor | None, key_start: torch.Tensor, batch: int, kv_len: int
-) -> torch.Tensor:
-    """Both in one bool (batch, 1 or heads, q_len, kv_len): a query sees no key before key_start (batch or 1, q_len)."""
-    mask = torch.arange(kv_len, device=key_start.device) >= key_start[:, None, :, None]
-    if attention_mask is not None:
-        mask = mask & (attention_mask[:, None, None, :] if attention_mask.ndim == 2 else attention_mask)
-    return mask.expand(batch, -1, -1, -1)
-
-
-def visible_count(
-    position: torch.Tensor,
-    kv_len: int,
-    *,
-    is_causal: bool,
-    attention_mask: torch.Tensor | None,
-    sliding_window: int | None,
-) -> torch.Tensor:
+def visible_count(position: torch.Tensor, kv_len: int, masks: Masks) -> torch.Tensor:
     """How many keys each query sees: the row sums of `visible_keys`, in memory linear in the lengths.
+
+    Args:
+        position, kv_len, masks: as for `visible_keys`; `masks` without `cu_seqlens`, and `key_start` without any mask
+            but causality.
 
     Returns:
         (batch or 1, heads or 1, rows) int64.
     """
-    if attention_mask is not None and attention_mask.ndim == 4:
-        visible = visible_keys(
-            position,
-            kv_len,
-            is_causal=is_causal,
-            attention_mask=attention_mask,
-            cu_seqlens=None,
-            sliding_window=sliding_window,
-        )
+    if masks.attention_mask is not None and masks.attention_mask.ndim == 4:
+        visible = visible_keys(position, kv_len, masks)
         assert visible is not None
         return visible.sum(dim=-1)
-    last = position if is_causal else torch.full_like(position, kv_len - 1)
+    last = position if masks.is_causal else torch.full_like(position, kv_len - 1)
     before = torch.full_like(position, -1)  # the last key before the first visible one
-    if sliding_window is not None:
-        last = torch.minimum(last, position + (sliding_window - 1))
-        before = torch.maximum(before, position - sliding_window)
-    if attention_mask is None:
-        return (last.clamp_max(kv_len - 1) - before)[None, None]
-    counted = torch.nn.functional.pad(attention_mask.to(torch.int64).cumsum(dim=-1), (1, 0))
-    return (counted[:, last.clamp_max(kv_len - 1) + 1] - counted[:, before + 1])[:, None]
+    if masks.sliding_window is not None:
+        last = torch.minimum(last, position + (masks.sliding_window - 1))
+        before = torch.maximum(before, position - masks.sliding_window)
+    last = last.clamp_max(kv_len - 1)
+    if masks.key_start is not None:
+        return (last - masks.key_start + 1).clamp_min(0)[:, None]
+    if masks.attention_mask is None:
+        return (last - before)[None, None]
+    counted = torch.nn.functional.pad(masks.attention_mask.to(torch.int64).cumsum(dim=-1), (1, 0))
+    return (counted[:, last + 1] - counted[:, before + 1])[:, None]
 
 
 def alibi_positions(position: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from .config import ASEntmaxConfig
 from .integration.install import installed_attentions
 from .integration.names import SETTINGS_ATTRIBUTE
-from .scaling import LengthScaling
+from .scaling.modules import LengthScaling
 
 __all__ = ["parameter_groups", "set_alpha"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_asentmax import eager as eager_module
 from hf_asentmax import entmax_attention
+from hf_asentmax.backends import eager as eager_module
 
 from reference import assert_close, reference_attention, reference_visible
 

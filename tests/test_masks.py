@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given, settings
 
-from hf_asentmax.masks import alibi_positions, query_positions, visible_count, visible_keys
+from hf_asentmax.masks import Masks, alibi_positions, query_positions, visible_count, visible_keys
 
 from reference import reference_visible
 
@@ -28,20 +28,18 @@ def test_visible_keys_and_their_count(
     shape = {"none": None, "padding": (2, kv_len), "4D": (2, 3, q_len, kv_len)}[kind]
     mask = None if shape is None else torch.rand(shape, generator=generator) > 0.4
     expected = reference_visible(2, 3, q_len, kv_len, is_causal=causal, attention_mask=mask, sliding_window=window)
-    options = {"is_causal": causal, "attention_mask": mask, "sliding_window": window}
+    masks = Masks(causal, mask, window)
     position = query_positions(q_len, kv_len, "cpu")
-    visible = visible_keys(position, kv_len, cu_seqlens=None, **options)
+    visible = visible_keys(position, kv_len, masks)
     visible = torch.ones(1, 1, 1, 1, dtype=torch.bool) if visible is None else visible
     assert torch.equal(visible.expand(2, 3, q_len, kv_len), expected)
-    count = visible_count(position, kv_len, **options)
+    count = visible_count(position, kv_len, masks)
     assert torch.equal(count.expand(2, 3, q_len), expected.sum(-1))
 
 
 def test_packed() -> None:
     cu_seqlens = torch.tensor([0, 2, 2, 5])
-    visible = visible_keys(
-        query_positions(5, 5, "cpu"), 5, is_causal=True, attention_mask=None, cu_seqlens=cu_seqlens, sliding_window=None
-    )
+    visible = visible_keys(query_positions(5, 5, "cpu"), 5, Masks(cu_seqlens=cu_seqlens))
     assert visible is not None
     assert torch.equal(visible, reference_visible(1, 1, 5, 5, cu_seqlens=cu_seqlens))
 

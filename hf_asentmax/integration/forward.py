@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,12 +9,12 @@ import torch
 from torch import nn
 from transformers.utils import TransformersKwargs, logging
 
-from ..attention import entmax_attention
-from ..eager import eager_attention
-from ..mappings import adaptive_temperature_softmax, entmax, top_k_softmax
-from ..masks import mask_with_key_start, query_positions, visible_count
+from ..attention import attend
+from ..call import Call, Scoring
+from ..mappings import Mapping, adaptive_temperature_softmax, top_k_softmax
+from ..masks import Masks, query_positions, visible_count
 from ..positions import alibi_slopes
-from ..scaled_query import scaled_query
+from ..scaling import scaled_query
 from .install import AttentionSettings, scaling_of
 from .key_norms import key_norm_bound
 from .masks import key_start_of
@@ -91,85 +90,72 @@ def asentmax_attention_forward(
         raise NotImplementedError(
             f"{type(module).__name__} has {query.shape[1]} heads where its config says {settings.num_heads}"
         )
-    key_start = None if attention_mask is None else key_start_of(attention_mask)
-    if key_start is not None:
-        attention_mask, sliding_window = None, None  # windows are in it
-    cache, bound = kwargs.get(CACHE_ARGUMENT), None
+    cache, key_norms = kwargs.get(CACHE_ARGUMENT), None
     if cache is not None:  # without one the layer's index stays unread: torch.compile would compile every layer anew
-        bound = key_norm_bound(cache, getattr(module, "layer_idx", None), key, query.shape[2])
+        key_norms = key_norm_bound(cache, getattr(module, "layer_idx", None), key, query.shape[2])
     query, key, value = _one_dtype(query, key, value)
-    flags = settings.flags
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    causal = causal or key_start is not None
-    if attention_mask is None and causal and 1 < query.shape[2] < key.shape[2]:
+    masks = _masks(module, attention_mask, is_causal, sliding_window)
+    if attention_mask is None and masks.is_causal and 1 < query.shape[2] < key.shape[2]:
         # An empty static cache that a prompt has just been written to: transformers leaves the mask out, and the
         # slots after the prompt are not filled yet.
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    if attention_mask is not None:
-        attention_mask = _boolean_mask(attention_mask)
-        if attention_mask.ndim == 4:
-            causal, sliding_window = False, None  # the mask holds both
-
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    length_scaling = scaling_of(module)
-    if length_scaling is not None:
-        hidden_states = kwargs.get(HIDDEN_STATES_ARGUMENT)
-        if hidden_states is None:
-            raise RuntimeError(f"the layer's input did not reach the attention function of {type(module).__name__}")
-        count = _visible_count(query, key, causal, attention_mask, sliding_window)
-        if key_start is not None:
-            count = (count - key_start[:, None]).clamp_min(0)
-        if count.shape[1] > 1:  # a mask per head
-            count = count[:, settings.num_unscaled_heads :]
-        query = scaled_query(query, length_scaling(hidden_states, count), settings.num_unscaled_heads)
-    slopes = None
-    if settings.num_alibi_heads > 0:
-        slopes = alibi_slopes(
-            settings.num_heads, settings.num_alibi_heads, flags.alibi_slopes or "harmonic", query.device
-        )
-
-    return_weights = bool(kwargs.get("output_attentions"))
-    mapping = _mapping(settings, module.training)
-    if mapping is None and dropout == 0.0 and not return_weights:
-        output = entmax_attention(
-            query,
-            key,
-            value,
-            alpha=flags.alpha,
-            scale=scale,
-            is_causal=causal,
-            attention_mask=attention_mask,
-            alibi_slopes=slopes,
-            sliding_window=sliding_window,
-            key_start=key_start,
-            softcap=softcap,
-            key_norm_bound=bound,
-        )
-        return output.transpose(1, 2).contiguous(), None
-    if query.device.type == "cuda" and not torch.compiler.is_compiling():
-        reason = "they have no dropout and return no weights"
-        if mapping is not None:
-            reason = "top-k softmax and adaptive temperature, which need all scores at once, have none"
-        logger.warning_once(
-            f"hf_asentmax runs this attention in plain PyTorch (memory square in length), not in kernels: {reason}"
-        )
-    if key_start is not None:
-        attention_mask = mask_with_key_start(attention_mask, key_start, query.shape[0], key.shape[2])
-    output, weights = eager_attention(
-        query,
-        key,
-        value,
-        mapping=mapping or partial(entmax, alpha=flags.alpha),
-        scale=scale,
-        is_causal=causal,
-        attention_mask=attention_mask,
-        sliding_window=sliding_window,
-        alibi_slopes=slopes,
+    query = _length_scaled(module, settings, query, kwargs.get(HIDDEN_STATES_ARGUMENT), masks, key.shape[2])
+    scoring = Scoring(
+        scale=scaling,
+        alpha=settings.flags.alpha,
+        mapping=_mapping(settings, module.training),
         softcap=softcap,
-        dropout=dropout,
-        return_weights=return_weights,
+        alibi_slopes=_slopes(settings, query.device),
+        key_norm_bound=key_norms,
     )
+    weights_too = bool(kwargs.get("output_attentions"))
+    call = Call.checked(query, key, value, masks, scoring, dropout=dropout, return_weights=weights_too)
+    output, weights = attend(call)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _masks(
+    module: nn.Module, attention_mask: torch.Tensor | None, is_causal: bool | None, sliding_window: int | None
+) -> Masks:
+    """The masks of a call, from what `asentmax_mask` made and what the attention module says."""
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if attention_mask is None:
+        return Masks(causal, sliding_window=sliding_window)
+    key_start = key_start_of(attention_mask)
+    if key_start is not None:  # windows are part of it
+        return Masks(True, key_start=key_start)
+    attention_mask = _boolean_mask(attention_mask)
+    if attention_mask.ndim == 4:  # causality and windows are part of it
+        return Masks(False, attention_mask)
+    return Masks(causal, attention_mask, sliding_window)
+
+
+def _length_scaled(
+    module: nn.Module,
+    settings: AttentionSettings,
+    query: torch.Tensor,
+    hidden_states: torch.Tensor | None,
+    masks: Masks,
+    kv_len: int,
+) -> torch.Tensor:
+    """The query times the factors of the module's length scaling, if it has one."""
+    length_scaling = scaling_of(module)
+    if length_scaling is None:
+        return query
+    if hidden_states is None:
+        raise RuntimeError(f"the layer's input did not reach the attention function of {type(module).__name__}")
+    count = _visible_count(query, kv_len, masks)
+    if count.shape[1] > 1:  # a mask per head
+        count = count[:, settings.num_unscaled_heads :]
+    return scaled_query(query, length_scaling(hidden_states, count), settings.num_unscaled_heads)
+
+
+def _slopes(settings: AttentionSettings, device: torch.device) -> torch.Tensor | None:
+    """ALiBi's slopes, one for each head, or None without ALiBi."""
+    if settings.num_alibi_heads == 0:
+        return None
+    kind = settings.flags.alibi_slopes or "harmonic"
+    return alibi_slopes(settings.num_heads, settings.num_alibi_heads, kind, device)
 
 
 def _check_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -215,36 +201,24 @@ def _boolean_mask(mask: torch.Tensor) -> torch.Tensor:
     return visible
 
 
-def _visible_count(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    is_causal: bool,
-    attention_mask: torch.Tensor | None,
-    sliding_window: int | None,
-) -> torch.Tensor:
+def _visible_count(query: torch.Tensor, kv_len: int, masks: Masks) -> torch.Tensor:
     """How many keys each query sees; compiled decoding counts them once for all layers.
 
     Their 4D mask is one tensor, which remembers its count while the step is traced. Inductor does not merge equal sums,
     and a sum over a long cache takes as long as much of the attention.
     """
-    remembers = torch.compiler.is_compiling() and query.shape[2] == 1 and attention_mask is not None
-    remembers = remembers and attention_mask.ndim == 4  # type: ignore[union-attr]
-    count = getattr(attention_mask, _COUNT, None) if remembers else None
+    mask = masks.attention_mask
+    remembers = torch.compiler.is_compiling() and query.shape[2] == 1 and mask is not None and mask.ndim == 4
+    count = getattr(mask, _COUNT, None) if remembers else None
     if count is None:
-        count = visible_count(
-            query_positions(query.shape[2], key.shape[2], query.device),
-            key.shape[2],
-            is_causal=is_causal,
-            attention_mask=attention_mask,
-            sliding_window=sliding_window,
-        )
+        count = visible_count(query_positions(query.shape[2], kv_len, query.device), kv_len, masks)
         if remembers:
-            setattr(attention_mask, _COUNT, count)
+            setattr(mask, _COUNT, count)
     return count
 
 
-def _mapping(settings: AttentionSettings, training: bool) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """The mapping where it is none that entmax_attention has, else None."""
+def _mapping(settings: AttentionSettings, training: bool) -> Mapping | None:
+    """The mapping that replaces alpha-entmax, or None."""
     flags = settings.flags
     if flags.top_k is not None:
         return partial(top_k_softmax, k=flags.top_k)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import ASEntmaxConfig
-from ..scaling import LengthScaling, build_scaling
+from ..scaling.modules import LengthScaling, build_scaling
 from .families import rotary_argument, turn_off_positions, without_rotation
 from .names import CACHE_ARGUMENT, HIDDEN_STATES_ARGUMENT, SCALING_ATTRIBUTE, SETTINGS_ATTRIBUTE, flags_of, preset_of
 from .packing import packing_pre_hook

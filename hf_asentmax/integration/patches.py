@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, trainer_pt_utils
 
 from ..config import PRESETS, ASEntmaxConfig
-from ..scaling import LengthScaling
+from ..scaling.modules import LengthScaling
 from .install import install, installed_attentions
 from .names import FILE_IMPLEMENTATION, preset_for_flags
 from .saving import drop_own_class, is_ours, write_config_file

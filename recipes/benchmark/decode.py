@@ -281,7 +281,8 @@ def attempt(run: Callable[[], dict[str, Any]], name: str) -> dict[str, Any]:
 
 def tune(case: Case) -> Iterator[dict[str, Any]]:
     """Times of ours with one or two sizes changed from what decode_tiles chooses."""
-    from hf_asentmax.kernels import decode_launch, launching
+    from hf_asentmax.backends.triton.common import launching
+    from hf_asentmax.backends.triton.decode import launch as decode_launch
 
     chosen = decode_launch.decode_tiles
     changes: list[dict[str, int]] = [{}]

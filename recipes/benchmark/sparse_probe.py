@@ -24,10 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from hf_asentmax.kernels.dense_launch import largest_key_norms
-from hf_asentmax.kernels.problem import Problem
-from hf_asentmax.kernels.row_ranges import RowRanges
-from hf_asentmax.kernels.sparse_attention import (
+from hf_asentmax.backends.triton.common.problem import Problem
+from hf_asentmax.backends.triton.common.row_ranges import RowRanges
+from hf_asentmax.backends.triton.dense.launch import largest_key_norms
+from hf_asentmax.backends.triton.lists.launch import (
     SparseTiles,
     column_ends,
     sparse_backward,

@@ -12,9 +12,11 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 pytest.importorskip("triton")
 
 from hf_asentmax import entmax_attention
+from hf_asentmax.backends.triton.common import launching
+from hf_asentmax.backends.triton.decode import launch as decode_launch
+from hf_asentmax.backends.triton.decode import operator as decode_op
 from hf_asentmax.integration import forward
 from hf_asentmax.integration.key_norms import key_norm_bound
-from hf_asentmax.kernels import decode_launch, decode_op, launching
 
 from tiny_models import lossless_quantized_cache, perturb_scalings, random_ids, tiny_model
 
