@@ -1,0 +1,48 @@
+"""How Sphinx builds the site: Markdown pages by MyST, the API reference from the docstrings, the theme furo."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import hf_asentmax
+
+project = "hf_asentmax"
+author = "The hf_asentmax authors"
+project_copyright = author
+version = release = hf_asentmax.__version__
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+
+# Markdown
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+# Docstrings: Google style; `name` in single backticks is code; a name of another package is no broken link
+default_role = "code"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+python_use_unqualified_type_names = True
+nitpick_ignore_regex = [(r"py:.*", r"(nn|torch|transformers)\..*")]
+
+# Pages
+html_theme = "furo"
+html_title = f"hf_asentmax {release}"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+html_show_sphinx = False
+html_copy_source = False
+copybutton_exclude = ".linenos, .gp, .go"
