@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,6 +34,7 @@ default_role = "code"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_use_rtype = False  # the text before a colon under "Returns:" is a shape, not a type
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -46,3 +49,13 @@ html_css_files = ["custom.css"]
 html_show_sphinx = False
 html_copy_source = False
 copybutton_exclude = ".linenos, .gp, .go"
+
+
+def _link_to_files(app: Any, page: str, source: list[str]) -> None:
+    """A Markdown file outside of the site is a file to download: MyST takes every other ``.md`` for a page."""
+    source[0] = re.sub(r"\]\((\.\./(?:recipes|model_cards)/[^)#]+\.md)(?:#[^)]*)?\)", r"](path:\1)", source[0])
+
+
+def setup(app: Any) -> None:
+    """Sphinx calls this once."""
+    app.connect("source-read", _link_to_files)

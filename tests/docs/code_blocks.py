@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -86,7 +87,8 @@ def help_of(module: str) -> str:
     printed, arguments = io.StringIO(), sys.argv
     sys.argv = [module, "--help"]
     try:
-        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # a module that its package has imported already
             runpy.run_module(module, run_name="__main__")
     finally:
         sys.argv = arguments

@@ -6,6 +6,7 @@ and a few lines of text, which transformers and datasets prefer to the Hub.
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,18 @@ def small_runs(hub: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     for owner in hub.iterdir():
         (tmp_path / owner.name).symlink_to(owner)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
-    as_given = TrainingArguments.__post_init__
+    as_given, compile_signature = TrainingArguments.__post_init__, inspect.signature(torch.compile)
 
     def stop_early(arguments: Any) -> None:
-        arguments.max_steps = STEPS
+        arguments.max_steps, arguments.use_cpu = STEPS, not torch.cuda.is_available()
         as_given(arguments)
 
+    def leave_uncompiled(model: Any, **options: Any) -> Any:
+        compile_signature.bind(model, **options)
+        return model
+
     monkeypatch.setattr(TrainingArguments, "__post_init__", stop_early)
+    monkeypatch.setattr(torch, "compile", leave_uncompiled)
 
 
 def run(block: Block, page: Path, names: dict[str, Any]) -> None:
