@@ -33,12 +33,14 @@ myst_heading_anchors = 3
 default_role = "code"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Attributes", "params_style")]  # of a configuration, its arguments
 napoleon_use_rtype = False  # the text before a colon under "Returns:" is a shape, not a type
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [(r"py:.*", r"(nn|torch|transformers)\..*")]
 
 # Pages
@@ -48,7 +50,6 @@ html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_show_sphinx = False
 html_copy_source = False
-copybutton_exclude = ".linenos, .gp, .go"
 
 
 def _link_to_files(app: Any, page: str, source: list[str]) -> None:

@@ -80,8 +80,7 @@ def small_runs(hub: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 
 def run(block: Block, page: Path, names: dict[str, Any]) -> None:
-    """Run one block; an error names the page and its line."""
-    where = f"{page.relative_to(ROOT)}:{block.line}"
+    """Run one block, or check it where its language is not Python."""
     if block.language == "python":
         lines_before = "\n" * (block.line - 1)
         exec(compile(lines_before + block.text, str(page), "exec"), names)
@@ -90,11 +89,15 @@ def run(block: Block, page: Path, names: dict[str, Any]) -> None:
     elif block.language == "json":
         json.loads(block.text)
     else:
-        assert block.language in SHOWN_ONLY, f"{where}: a block of {block.language!r} is neither run nor checked"
+        assert block.language in SHOWN_ONLY, f"a block of {block.language!r} is neither run nor checked"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_blocks(page: Path, small_runs: None) -> None:
     names: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks(page):
-        run(block, page, names)
+        try:
+            run(block, page, names)
+        except Exception as error:
+            error.add_note(f"in the code block of {page.relative_to(ROOT)} that begins on line {block.line}")
+            raise
