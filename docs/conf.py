@@ -33,8 +33,12 @@ myst_heading_anchors = 3
 default_role = "code"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
-napoleon_custom_sections = [("Attributes", "params_style")]  # of a configuration, its arguments
-napoleon_use_rtype = False  # the text before a colon under "Returns:" is a shape, not a type
+napoleon_custom_sections = [
+    ("Attributes", "params_style")
+]  # of a configuration, its arguments
+napoleon_use_rtype = (
+    False  # the text before a colon under "Returns:" is a shape, not a type
+)
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
@@ -54,7 +58,11 @@ html_copy_source = False
 
 def _link_to_files(app: Any, page: str, source: list[str]) -> None:
     """A Markdown file outside of the site is a file to download: MyST takes every other ``.md`` for a page."""
-    source[0] = re.sub(r"\]\((\.\./(?:recipes|model_cards)/[^)#]+\.md)(?:#[^)]*)?\)", r"](path:\1)", source[0])
+    source[0] = re.sub(
+        r"\]\((\.\./(?:recipes|model_cards)/[^)#]+\.md)(?:#[^)]*)?\)",
+        r"](path:\1)",
+        source[0],
+    )
 
 
 def setup(app: Any) -> None:
