@@ -1,4 +1,7 @@
-"""How Sphinx builds the site: Markdown pages by MyST, the API reference from the docstrings, the theme furo."""
+"""How Sphinx builds the site.
+
+MyST reads the Markdown pages, autodoc the docstrings, and furo is the theme.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,8 @@ exclude_patterns = ["_build"]
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
-# Docstrings: Google style; `name` in single backticks is code; a name of another package is no broken link
+# Docstrings: Google style. `name` in single backticks is code, and a name of another
+# package is no broken link.
 default_role = "code"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
@@ -57,7 +61,10 @@ html_copy_source = False
 
 
 def _link_to_files(app: Any, page: str, source: list[str]) -> None:
-    """A Markdown file outside of the site is a file to download: MyST takes every other ``.md`` for a page."""
+    """Turn links to Markdown files outside of the site into downloads.
+
+    MyST takes every other link to a Markdown file for one to a page.
+    """
     source[0] = re.sub(
         r"\]\((\.\./(?:recipes|model_cards)/[^)#]+\.md)(?:#[^)]*)?\)",
         r"](path:\1)",
