@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys
 import transformers.modeling_utils, transformers.masking_utils, transformers.trainer_pt_utils  # none of them heavy
@@ -23,6 +25,7 @@ print("shape:", tuple(hf_asentmax.entmax_attention(x, x, x).shape))
 """
 
 
+@pytest.mark.slow
 def test_import() -> None:
     result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
