@@ -38,14 +38,12 @@ class Batch:
         scored_at: (targets,) int64, the positions whose outputs are scored, the same in every sample.
         labels: (batch, targets) int64, the right output at each of them, or IGNORED.
         answer_letters: (letters,) int64, the positions of answer tokens that training may corrupt as inputs.
-        question_letters: (questions, letters) int64, the positions of what is asked for; none in most tasks.
     """
 
     inputs: torch.Tensor
     scored_at: torch.Tensor
     labels: torch.Tensor
     answer_letters: torch.Tensor
-    question_letters: torch.Tensor = field(default_factory=lambda: torch.empty((0, 0), dtype=torch.int64))
 
     def __len__(self) -> int:
         return self.inputs.shape[0]
@@ -172,17 +170,6 @@ class Task:
         """(batch, queries) bool: which queries are answered, from which targets are right (batch, targets)."""
         del right
         return None
-
-    def misplaced_letters(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        """For each of a batch's question_letters, a letter that something to be found has in another place.
-
-        Returns:
-            (batch, questions, letters) tokens.
-
-        Raises:
-            NotImplementedError: the task has no question_letters.
-        """
-        raise NotImplementedError
 
     def _marker(self, token: int, like: torch.Tensor) -> torch.Tensor:
         return torch.full((like.shape[0], 1), token, dtype=torch.int64, device=like.device)

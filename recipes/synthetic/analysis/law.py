@@ -1,53 +1,53 @@
-"""The query-error law, 1 - query accuracy = n e with n pairs: e by length, from queries for every key of a context.
+"""Measures e of the query-error law, 1 - query accuracy = n e with n pairs, from queries for all keys of a context.
 
-    python recipes/synthetic/law.py runs/synthetic/mqmtar-asentmax-nape-paper --multiples 1 16 64 256 1024
-    python recipes/synthetic/law.py --report                          # only law.md and law.png again, from law.json
+    python -m recipes.synthetic.analysis.law runs/synthetic/mqmtar-asentmax-nape-paper --multiples 1 16 64 256 1024
+    python -m recipes.synthetic.analysis.law --report                 # only write law.md again, from law.json
 
-A test sample asks a context four queries. Here a context is read once, and its cached keys and values serve queries for
-all of its pairs, four at a time as in a test: at 1024x two thousand times as many answers for the cost of one more
-reading. So e has an interval that is worth looking at, and one sees whether it stays the same as contexts grow.
-Queries of one context are not independent, and the interval is as much wider as their counts scatter more than chance
-would have it (the design effect). Contexts are not those of tests or validations.
+A test sample asks four queries of its context. Here a context is read once, and its cached keys and values serve
+queries for all of its pairs, four at a time as in a test. At 1024x this gives two thousand times as many answers for
+the cost of one more reading. So the interval of e is narrow, and one sees whether e stays the same as contexts grow.
+The queries of one context are not independent; the interval is wider by as much as their counts vary more than by
+chance (the design effect). The contexts are not those of tests or validations.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import math
 import sys
 import time
 from pathlib import Path
 from statistics import fmean, variance
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import DynamicCache, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-from recipes.common import length_axes, markdown_table, results_header, save_figure, write_json
-from recipes.synthetic.evaluate import add_measuring_flags, fewer_pairs, run_folders, task_of
+from recipes.common import markdown_table, results_header, write_json
+from recipes.synthetic.analysis import mqmtar_of
+from recipes.synthetic.evaluate import add_measuring_flags, fewer_pairs, run_folders
 from recipes.synthetic.measuring import autocast, fixed_batches, set_matmul_precision, wilson_interval
 from recipes.synthetic.models import load_model
-from recipes.synthetic.report import COLORS, times_million
+from recipes.synthetic.report import times_million
 from recipes.synthetic.tasks import Batch, Mqmtar
 
 __all__ = ["interval", "main", "measure_law", "questions"]
 
-SEED = 4  # of the contexts, which are neither the tests' nor the validations'
+SEED = 4  # of the contexts, which are not those of tests and validations
 
 
 def questions(
     task: Mqmtar, contexts: Batch, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Contexts without their queries, and queries for all of their pairs in random order, four at a time.
+    """Splits contexts from their queries, and makes queries for all of their pairs in random order, four at a time.
 
     Returns:
-        (batch, tokens) contexts; (batch, groups, 25) what follows them in a test: four queries and their answers; and
-        (batch, groups, 4, 2) the values asked for. Pairs that do not fill a group are left out.
+        (batch, tokens): the contexts.
+        (batch, groups, 25): what follows them in a test, four queries and their answers. Pairs that do not fill a group
+        are left out.
+        (batch, groups, 4, 2): the values asked for.
     """
     inputs, four = contexts.inputs, task.QUERIES
     starts = task.key_starts(inputs)
@@ -64,7 +64,7 @@ def questions(
 
 
 def _repeated(cache: Any, times: int) -> DynamicCache:
-    """A cache of its own, with each row of a dynamic cache `times` times."""
+    """A new cache in which each row of a dynamic cache occurs `times` times."""
     repeated = DynamicCache()
     for index, layer in enumerate(cache.layers):
         keys, values = (t[:, None].expand(-1, times, *t.shape[1:]).flatten(0, 1) for t in (layer.keys, layer.values))
@@ -73,15 +73,15 @@ def _repeated(cache: Any, times: int) -> DynamicCache:
 
 
 def interval(wrong: list[int], queries: int) -> tuple[float, float, float]:
-    """95% interval of the share of wrong queries, and the design effect that it allows for.
+    """The 95% interval of the share of wrong queries, and the design effect that it allows for.
 
     Args:
-        wrong: wrong queries of each context.
-        queries: asked of each.
+        wrong: number of wrong queries of each context.
+        queries: number of queries of each context.
 
     Returns:
-        (low, high, effect): Wilson's interval of 1/effect as many queries, where the effect, at least 1, is the
-        variance of `wrong` over the binomial one (Kish, Survey Sampling, 1965).
+        (low, high, effect): Wilson's interval for 1/effect as many queries. The effect, at least 1, is the variance of
+        `wrong` over the binomial variance (Kish, Survey Sampling, 1965).
     """
     share = fmean(wrong) / queries
     effect = 1.0
@@ -102,14 +102,18 @@ def measure_law(
     tokens_at_once: int = 1 << 20,
     minutes: float = math.inf,
 ) -> dict[str, Any]:
-    """e at one length, with its interval and what it comes from.
+    """e at one length, with its interval and the counts behind it.
 
     Args:
         model: in eval mode, on the device to run on.
+        task: of the contexts.
         length: of the source, in tokens.
-        queries: at least so many; whole contexts are asked.
-        tokens_at_once: whose keys and values are in memory at a time.
+        queries: at least this number; whole contexts are asked.
+        tokens_at_once: number of tokens whose keys and values are in memory at a time.
         minutes: after which no new batch of contexts is begun.
+
+    Raises:
+        ValueError: the length holds fewer pairs than a test asks for.
     """
     device, start = next(model.parameters()).device, time.monotonic()
     pairs = task.pairs(length)
@@ -155,7 +159,7 @@ def measure_law(
 
 
 def table(runs: dict[str, Any]) -> str:
-    """Markdown: e times a million with its interval, models down, lengths across."""
+    """Markdown: e times a million with its interval, models in rows, lengths in columns."""
     multiples = sorted({entry["multiple"] for run in runs.values() for entry in run["lengths"]})
     rows = []
     for name, run in runs.items():
@@ -164,34 +168,29 @@ def table(runs: dict[str, Any]) -> str:
     return markdown_table(["e x 1e6", *(f"{multiple}x" for multiple in multiples)], rows) + "\n"
 
 
-def figure(runs: dict[str, Any], file: Path) -> None:
-    """e by length with intervals, a color a method; where no query was wrong, the interval's upper end, hollow."""
-    lengths = sorted({entry["length"] for run in runs.values() for entry in run["lengths"]})
-    drawing, (axes,) = length_axes(next(iter(runs.values()))["train_length"], lengths)
-    markers = {method: itertools.cycle("osD^vP*Xhp") for method in COLORS}
-    hollow: dict[str, Any] = {"linestyle": "", "markersize": 5, "markerfacecolor": "none"}
-    for number, (name, run) in enumerate(runs.items()):
-        beside = 2 ** (min(0.08, 0.6 / len(runs)) * (number - (len(runs) - 1) / 2))  # next to each other
-        entries = [{**entry, "length": beside * entry["length"]} for entry in run["lengths"]]
-        name = name.removeprefix("mqmtar-")
-        color, marker = COLORS[run["method"]], next(markers[run["method"]])
-        found = [entry for entry in entries if entry["e"] > 0]
-        if found:
-            spread = [
-                [entry["e"] - entry["e_interval"][0] for entry in found],
-                [entry["e_interval"][1] - entry["e"] for entry in found],
-            ]
-            at, e = ([entry[key] for entry in found] for key in ("length", "e"))
-            axes.errorbar(at, e, yerr=spread, marker=marker, markersize=5, capsize=3, label=name, color=color)
-        none = [entry for entry in entries if entry["e"] == 0]
-        above = [entry["e_interval"][1] for entry in none]
-        label = None if found else name
-        axes.plot([entry["length"] for entry in none], above, marker=marker, color=color, label=label, **hollow)
-    axes.plot([], [], marker="o", color="gray", label="hollow: no query wrong, the interval's upper end", **hollow)
-    axes.set(yscale="log", ylabel="e = wrong queries / queries / pairs", title="MQMTAR's query-error law")
-    axes.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
-    drawing.set_figwidth(10.5)
-    save_figure(drawing, file)
+_NOTE = (
+    "e = wrong queries / queries / pairs, times a million, with 95% intervals that allow for similar queries in one "
+    "context. Rows are named by the folders of their runs. The table shows how rarely each model errs, which exact "
+    "match does not once it is near 100%. It does not show how much seeds differ: the baselines have one."
+)
+
+
+def _measured(
+    model: PreTrainedModel, folder: Path, task: Mqmtar, multiple: int, parsed: argparse.Namespace
+) -> dict[str, Any]:
+    """The entry of one model and length, which is printed as well."""
+    length = multiple * task.max_length
+    entry = measure_law(
+        model, task, length, parsed.queries, tokens_at_once=parsed.tokens_at_once, minutes=parsed.minutes
+    )
+    if parsed.pool is not None:
+        entry["pool"] = parsed.pool
+    low, high = entry["e_interval"]
+    tqdm.write(
+        f"{folder.parent.name} {folder.name} at {multiple}x: {entry['queries_wrong']} of {entry['queries']:,} queries "
+        f"wrong, e = {entry['e']:.2g} [{low:.2g}, {high:.2g}], {entry['seconds']:.1f} s{fewer_pairs(task, length)}"
+    )
+    return {"multiple": multiple, "header": results_header(parsed.device, [SEED]), **entry}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -200,23 +199,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="*", help="folders of runs")
     parser.add_argument("--multiples", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024], help="lengths to ask at")
     parser.add_argument("--queries", type=int, default=16_000, help="at each length, at least (default: 16,000)")
-    add_measuring_flags(parser, 1 << 20, "with keys and values in memory")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"), help="results are added")
-    parser.add_argument("--report", action="store_true", help="only remake table and figure")
+    add_measuring_flags(parser, 1 << 20, "tokens with keys and values in memory")
+    parser.add_argument(
+        "--output", type=Path, default=Path(__file__).with_suffix(".json"), help="the results file, which is added to"
+    )
+    parser.add_argument("--report", action="store_true", help="only write the table again")
     parsed = parser.parse_args(arguments)
 
     runs: dict[str, Any] = json.loads(parsed.output.read_text())["runs"] if parsed.output.exists() else {}
     folders = run_folders(parsed.runs)
     if not folders and not (parsed.report and runs):
-        parser.error(f"no finished run below {', '.join(map(str, parsed.runs)) or 'no folder'}")
-    models: list[tuple[Path, dict[str, Any], Mqmtar]] = []
-    for folder in [] if parsed.report else folders:
+        parser.error(f"there is no finished run below {', '.join(map(str, parsed.runs)) or 'no folder'}")
+    asked = {} if parsed.report else {folder: mqmtar_of(folder, parser, parsed.pool) for folder in folders}
+    for folder, task in tqdm(asked.items(), unit="model", disable=not asked):
         run = json.loads((folder / "run.json").read_text())
-        if run["task"] != Mqmtar.name:
-            parser.error(f"{folder} was trained on {run['task']}; the law is of MQMTAR's queries")
-        task = cast(Mqmtar, task_of(run, parsed.pool))
-        models.append((folder, run, task))
-    for folder, run, task in tqdm(models, unit="model", disable=not models):
         if run.get("given_up"):
             tqdm.write(f"{folder} was given up before it left the plateau: there is no model to ask")
             continue
@@ -224,42 +220,19 @@ def main(arguments: list[str] | None = None) -> None:
         model = load_model(folder / "model").to(parsed.device)
         name = f"{folder.parent.name} {folder.name}"
         lengths: dict[int, dict[str, Any]] = {}
-        header = results_header(parsed.device, [SEED])
         if name in runs and runs[name]["run"] == run["header"]:
             lengths = {entry["multiple"]: entry for entry in runs[name]["lengths"]}
         elif name in runs:
-            tqdm.write(f"{parsed.output} has {name} of another run: this one takes its place")
+            tqdm.write(f"{parsed.output} has {name} of another run, which is replaced")
         for multiple in parsed.multiples:
-            entry = measure_law(
-                model,
-                task,
-                multiple * task.max_length,
-                parsed.queries,
-                tokens_at_once=parsed.tokens_at_once,
-                minutes=parsed.minutes,
-            )
-            if parsed.pool is not None:
-                entry["pool"] = parsed.pool
-            lengths[multiple] = {"multiple": multiple, "header": header, **entry}
+            lengths[multiple] = _measured(model, folder, task, multiple, parsed)
             found = [lengths[key] for key in sorted(lengths)]
-            runs[name] = {
-                "method": run["settings"]["method"],
-                "train_length": task.max_length,
-                "run": run["header"],
-                "lengths": found,
-            }
+            runs[name] = {"method": run["settings"]["method"], "run": run["header"], "lengths": found}
             write_json(parsed.output, {"runs": runs})
-            low, high = entry["e_interval"]
-            tqdm.write(
-                f"{name} at {multiple}x: {entry['queries_wrong']} of {entry['queries']:,} queries wrong, "
-                f"e = {entry['e']:.2g} [{low:.2g}, {high:.2g}], {entry['seconds']:.1f} s"
-                f"{fewer_pairs(task, multiple * task.max_length)}"
-            )
     if not runs:
-        parser.error("nothing to report: every run was given up")
-    parsed.output.with_suffix(".md").write_text(f"# MQMTAR's query-error law\n\n{table(runs)}")
-    figure(runs, parsed.output.with_suffix(".png"))
-    print(f"wrote {parsed.output}, its table and its figure")
+        parser.error("there is nothing to report: every run was given up")
+    parsed.output.with_suffix(".md").write_text(f"# MQMTAR's query-error law\n\n{_NOTE}\n\n{table(runs)}")
+    print(f"wrote {parsed.output} and its table")
 
 
 if __name__ == "__main__":

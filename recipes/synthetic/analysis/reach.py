@@ -1,11 +1,11 @@
-"""How far back a model trained on MQMTAR needs its heads with ALiBi: its loss when these see the last tokens only.
+"""Measures how far back a model of MQMTAR needs its heads with ALiBi: its loss when they see only the last tokens.
 
-    python recipes/synthetic/reach.py runs/synthetic/mqmtar-asentmax-nape-paper/seed0
+    python -m recipes.synthetic.analysis.reach runs/synthetic/mqmtar-asentmax-nape-paper/seed0
 
-Among the 64 tokens of a training sample a head with ALiBi (slopes of 1 to 1/8) can still find a query's key. Among
-thousands it can't, and says something of the keys nearby instead. So a model whose loss at 64 tokens grows when
-these heads see no further than a pair leans on them, and will err in long contexts, however small its loss. Runs on a
-CPU in a minute or two a model, on samples of the training length.
+Among the 64 tokens of a training sample, a head with ALiBi (slopes of 1 to 1/8) can still find a query's key. Among
+thousands it cannot, and it votes for keys nearby instead. So a model whose loss at 64 tokens grows when these heads see
+no further than a pair depends on them, and will err in long contexts, however small its loss is. The measurement takes
+a minute or two a model on a CPU, on samples of the training length.
 """
 
 from __future__ import annotations
@@ -21,11 +21,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from recipes.common import default_device, markdown_table, results_header, write_json
-from recipes.synthetic.evaluate import mqmtar_of
-from recipes.synthetic.margins import SEED
+from recipes.synthetic.analysis import SAMPLES_SEED, mqmtar_of
 from recipes.synthetic.measuring import fixed_batches
 from recipes.synthetic.models import alibi_heads, load_model, outputs_at
 from recipes.synthetic.regularise import AlibiWindow
@@ -33,25 +30,25 @@ from recipes.synthetic.tasks import Mqmtar
 
 __all__ = ["main", "reach"]
 
-WINDOWS = (0, 48, 32, 24, 16, 12)  # 0: all tokens; a pair with what is around it has 6 to 8
+WINDOWS = (0, 48, 32, 24, 16, 12)  # 0 for all tokens; a pair with the spaces around it has 6 to 8 tokens
 _BATCH = 64
 
 
 @torch.inference_mode()
 def reach(model: PreTrainedModel, task: Mqmtar, alibi_heads: int, samples: int, window: int) -> dict[str, Any]:
-    """Wrong answers and the mean loss of an answer letter, in samples of the longest training length.
+    """The number of wrong answers and the mean loss of an answer letter, in samples of the longest training length.
 
     Args:
         model: in eval mode.
         task: what it was trained on.
         alibi_heads: how many heads, from the first, have ALiBi.
-        samples: how many.
-        window: how many of the last tokens heads with ALiBi see; 0 for all.
+        samples: number of samples.
+        window: number of the last tokens that heads with ALiBi see; 0 for all.
     """
     view = AlibiWindow(window, task.heads, alibi_heads, model.device)
     view.narrow = True
     wrong, loss = 0, 0.0
-    for batch in fixed_batches(task, task.max_length, samples, _BATCH, SEED):
+    for batch in fixed_batches(task, task.max_length, samples, _BATCH, SAMPLES_SEED):
         batch = batch.to(model.device)
         logits = outputs_at(model, batch, view.mask(batch.inputs.shape[1])).float()
         right = task.queries_right(logits.argmax(dim=-1) == batch.labels)
@@ -62,7 +59,7 @@ def reach(model: PreTrainedModel, task: Mqmtar, alibi_heads: int, samples: int, 
 
 
 def table(models: dict[str, Any]) -> str:
-    """Markdown: of each model by window, the mean loss of an answer letter and the wrong queries."""
+    """Markdown: the mean loss of an answer letter and the number of wrong queries, for each model and window."""
     names = ["all tokens" if window == 0 else f"the last {window}" for window in WINDOWS]
     rows = [
         [name, *(f"{row['loss']:.1e}, {row['queries_wrong']}" for row in model["windows"])]
@@ -77,18 +74,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished seeds, with run.json and model/")
     parser.add_argument("--samples", type=int, default=512, help="of 64 tokens, 4 queries each (default: 512)")
     parser.add_argument("--device", type=torch.device, default=default_device(), help="default: a GPU if there is one")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"), help="results are added")
+    parser.add_argument("--output", type=Path, default=Path("runs/reach.json"), help="the results file to add to")
     parsed = parser.parse_args(arguments)
     asked: list[tuple[Path, Mqmtar, int]] = []
-    for folder in parsed.runs:  # what is refused is refused before anything is measured
-        task = mqmtar_of(folder, parser, "reach is measured on MQMTAR")
+    for folder in parsed.runs:  # refuses models before anything is measured
+        task = mqmtar_of(folder, parser)
         positions = json.loads((folder / "run.json").read_text())["settings"]["positions"]
         with_alibi = alibi_heads(positions, task.heads)
         if with_alibi == 0:
-            parser.error(f"{folder} has positions {positions}: no heads with ALiBi")
+            parser.error(f"{folder} has positions {positions}, without heads that have ALiBi")
         asked.append((folder, task, with_alibi))
     models: dict[str, Any] = json.loads(parsed.output.read_text())["models"] if parsed.output.exists() else {}
-    header = {**results_header(parsed.device, [SEED]), "samples": parsed.samples}
+    header = {**results_header(parsed.device, [SAMPLES_SEED]), "samples": parsed.samples}
     for folder, task, with_alibi in asked:
         model = load_model(folder / "model").to(parsed.device)
         name = f"{folder.parent.name} {folder.name}"
