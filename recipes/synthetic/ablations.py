@@ -56,8 +56,8 @@ VARIANTS: dict[str, str] = {
 _NOTE = (
     "Each row is MQMTAR's first run (`mqmtar.sh paper`, without hard samples) with one thing changed; e is measured at "
     "64 times the training length, on {samples} samples of 4 queries, after {minutes} minutes of training. The table "
-    "shows what a first run needs. It does not rank rows whose e is of a similar size: most have one seed, and the seeds "
-    "of the unchanged run (base) lie up to a factor of {spread:.0f} apart. The intervals cover the test samples only."
+    "shows what a first run needs. It does not rank rows whose e is of a similar size: most have one seed, and the "
+    "seeds of the unchanged run (base) lie up to a factor of {spread:.0f} apart. The intervals cover test samples only."
 )
 
 

@@ -115,7 +115,11 @@ def figure(groups: list[Group], drawn: list[Line], file: Path) -> None:
         axes.set_title(f"{TASK_NAMES[groups[0].task]}, trained on {TRACKS[groups[0].track]}", fontsize=15)
         lowest = min(low for line in drawn for _, low, _ in line.values.values())
         bottom = 50 if lowest >= 50 else -3
-        axes.set(ylabel="exact match, %", ylim=(bottom, 102), xlabel=f"length in multiples of {trained} tokens")
+        axes.set(
+            ylabel="exact match, %" + " (from 50)" * (bottom > 0),
+            ylim=(bottom, 102),
+            xlabel=f"length in multiples of {trained} tokens",
+        )
         axes.legend(frameon=False, fontsize=13, loc="center left", bbox_to_anchor=(1.0, 0.5))
         drawing.set_size_inches(11.0, 5.0)
         save_figure(drawing, file)

@@ -37,7 +37,7 @@ POSITIONS = tuple(_POSITIONS)
 
 
 class ItemClassifier(LlamaPreTrainedModel):
-    """A model for sets of items, which have no tokens: a small network embeds them, a decoder classifies the last one."""
+    """A model for sets of items, which have no tokens: a network embeds them, and a decoder classifies the last one."""
 
     config_class = LlamaConfig
 

@@ -40,15 +40,15 @@ __all__ = ["main", "markdown", "times_million"]
 
 # What each table shows, and what it does not.
 _NOTES = {
-    "mqmtar-paper": "Shows how exact retrieval holds up to 1,024 times the training length when every attention has the "
-    "same training on the paper's data. It does not show how reliable that training is: the baselines have one seed "
-    "each. {fresh} Adaptive temperature is softmax's model with another scaling in the test, on fewer samples.",
+    "mqmtar-paper": "Shows how exact retrieval holds up to 1,024 times the training length when every attention has "
+    "the same training on the paper's data. It does not show how reliable that training is: the baselines have one "
+    "seed each. {fresh} Adaptive temperature is softmax's model with another scaling in the test, on fewer samples.",
     "mqmtar-own": "Shows what near misses among the training keys add. The training data are not the paper's, so the "
     "table is no comparison with published rows. The baselines have one seed each, and entmax had less training.",
     "copy-paper": "Shows how far a copy of the whole input stays exact. It does not favor sparse attention: softmax "
     "copies best after the same training. The baselines have one seed each.",
-    "reverse-paper": "Shows how far the reversed input stays exact. It does not show how much seeds differ: there is one "
-    "for each method.",
+    "reverse-paper": "Shows how far the reversed input stays exact. It does not show how much seeds differ: there is "
+    "one for each method.",
     "sort-paper": "Shows how far sorting stays exact without positions. It is no comparison of positions with the "
     "published rows, which have NAPE, and it does not show how much seeds differ: there is one for each method.",
     "two_back-paper": "Shows that every attention learns the task at all lengths. It does not tell them apart.",

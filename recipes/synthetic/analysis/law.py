@@ -92,6 +92,31 @@ def interval(wrong: list[int], queries: int) -> tuple[float, float, float]:
     return low, high, effect
 
 
+def _wrong_of_contexts(
+    model: PreTrainedModel, asked: tuple[torch.Tensor, torch.Tensor, torch.Tensor], at_once: int, answer: int
+) -> torch.Tensor:
+    """(batch,) wrong queries of each context.
+
+    Args:
+        model: in eval mode.
+        asked: from `questions`.
+        at_once: rows of cached keys and values in memory.
+        answer: tokens of a group's answers.
+    """
+    contexts, follows, values = asked
+    wrong = torch.zeros(len(contexts), dtype=torch.int64, device=contexts.device)
+    cache = model(input_ids=contexts, use_cache=True, logits_to_keep=1).past_key_values
+    groups = max(1, at_once // len(contexts))
+    for some, of_some in zip(follows.split(groups, dim=1), values.split(groups, dim=1), strict=True):
+        repeated = _repeated(cache, some.shape[1])
+        logits = model(
+            input_ids=some.flatten(0, 1), past_key_values=repeated, use_cache=True, logits_to_keep=answer
+        ).logits
+        given = logits.argmax(dim=-1).view(*of_some.shape[:3], 3)[..., :2]
+        wrong += (given != of_some).any(dim=3).sum(dim=(1, 2))
+    return wrong
+
+
 @torch.inference_mode()
 def measure_law(
     model: PreTrainedModel,
@@ -122,26 +147,15 @@ def measure_law(
         raise ValueError(f"a length of {length} holds {pairs} pairs; it takes at least {task.QUERIES}")
     contexts = math.ceil(queries / each)
     generator = torch.Generator().manual_seed(SEED)
-    answer = 3 * task.QUERIES  # tokens
     at_once = max(1, min(256, tokens_at_once // length))  # rows of cached keys and values
     read_at_once = min(at_once, max(1, (1 << 17) // length))
     wrong: list[int] = []
     with tqdm(total=contexts, unit="context", leave=False) as bar:
         for on_cpu in fixed_batches(task, length, contexts, read_at_once, SEED):
-            read, follows, values = questions(task, on_cpu.to(device), generator)
-            of_batch = torch.zeros(len(read), dtype=torch.int64, device=device)
+            asked = questions(task, on_cpu.to(device), generator)
             with autocast(task, device):
-                cache = model(input_ids=read, use_cache=True, logits_to_keep=1).past_key_values
-                groups = max(1, at_once // len(read))
-                for some, asked in zip(follows.split(groups, dim=1), values.split(groups, dim=1), strict=True):
-                    repeated = _repeated(cache, some.shape[1])
-                    logits = model(
-                        input_ids=some.flatten(0, 1), past_key_values=repeated, use_cache=True, logits_to_keep=answer
-                    ).logits
-                    given = logits.argmax(dim=-1).view(*asked.shape[:3], 3)[..., :2]
-                    of_batch += (given != asked).any(dim=3).sum(dim=(1, 2))
-            wrong.extend(of_batch.tolist())
-            bar.update(len(read))
+                wrong.extend(_wrong_of_contexts(model, asked, at_once, 3 * task.QUERIES).tolist())
+            bar.update(len(on_cpu))
             if time.monotonic() - start > 60 * minutes:
                 break
     low, high, effect = interval(wrong, each)

@@ -1,22 +1,33 @@
-"""What models of MQMTAR get wrong: the query-error law and the keys that wrong answers belong to."""
+"""Analyses of models of MQMTAR: the query-error law, the keys of wrong answers, the reach of heads with ALiBi."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from recipes.synthetic import law, mistakes, train
+from recipes.synthetic import train
+from recipes.synthetic.analysis import law, mistakes, reach
 from recipes.synthetic.measuring import wilson_interval
-from recipes.synthetic.models import METHODS
+from recipes.synthetic.models import METHODS, build_model
 from recipes.synthetic.tasks import Batch, Mqmtar
 
 from small_tasks import SIZE_FLAGS, SMALL, decided
 
 
-def test_wrong_answers_are_given_to_keys() -> None:
+def test_likenesses_divide_the_other_words() -> None:
+    words = torch.randint(3, 8, (40, 2), generator=torch.Generator().manual_seed(0))
+    kinds = mistakes.likenesses(words, words)
+    equal = (words[:, None] == words[None]).all(dim=-1)
+    assert torch.equal(sum(kinds.values()) + equal.long(), torch.ones_like(equal, dtype=torch.int64))
+    one = mistakes.likenesses(torch.tensor([[3, 4]]), torch.tensor([[4, 3]]))
+    assert [name for name, alike in one.items() if alike] == ["swapped"]
+
+
+def test_wrong_answers_are_assigned_to_keys() -> None:
     """Queries for the first pair get right answers, then those of pairs chosen for how their keys are like its key."""
     generator = torch.Generator().manual_seed(0)
     letters = torch.arange(4, 20)
@@ -60,7 +71,7 @@ def test_the_law_asks_for_every_key_as_a_test_does() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_law_sees_what_one_pass_sees(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for are the values that one pass over context, queries and answers gives, every third one altered."""
+    """The values asked for are those that one pass over context, queries and answers gives, every third one altered."""
     model = decided(method)
     questions = law.questions
 
@@ -72,7 +83,7 @@ def test_the_law_sees_what_one_pass_sees(method: str, monkeypatch: pytest.Monkey
         return read, follows, given
 
     monkeypatch.setattr(law, "questions", altered)
-    for tokens in (96, 3 * 96, 100 * 96):  # cached at once
+    for tokens in (96, 3 * 96, 100 * 96):  # in memory at once
         entry = law.measure_law(model, SMALL, 96, 36, tokens_at_once=tokens)
         assert entry["queries_wrong"] == 12 and entry["queries"] == 36 and entry["contexts"] == 3
         assert entry["pairs"] == 12 and entry["e"] == 12 / 36 / 12
@@ -81,7 +92,7 @@ def test_the_law_sees_what_one_pass_sees(method: str, monkeypatch: pytest.Monkey
         law.measure_law(model, SMALL, 8, 36)
 
 
-def test_the_laws_interval_knows_that_contexts_differ() -> None:
+def test_the_law_s_interval_allows_for_contexts_that_differ() -> None:
     alike, differing = [1, 1, 1, 1, 1, 1], [6, 0, 0, 0, 0, 0]
     low, high, effect = law.interval(alike, 100)
     assert (low, high) == wilson_interval(6, 600) and effect == 1
@@ -91,54 +102,88 @@ def test_the_laws_interval_knows_that_contexts_differ() -> None:
     assert law.interval([3], 100)[:2] == wilson_interval(3, 100)
 
 
-def test_the_law_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    """A folder with a finished run of MQMTAR and one of Copy."""
     common = ["--device", "cpu", "--out", str(tmp_path), "--steps", "1", "--batch", "4", *SIZE_FLAGS]
     train.main(["--task", "mqmtar", *common])
     train.main(["--task", "copy", *common])
-    output = tmp_path / "law.json"
-    runs = str(tmp_path / "mqmtar-asentmax-nape")
-    law.main([runs, "--multiples", "1", "2", "--queries", "20", "--device", "cpu", "--output", str(output)])
-    entries = json.loads(output.read_text())["runs"]["mqmtar-asentmax-nape seed0"]["lengths"]
-    assert [(entry["multiple"], entry["contexts"], entry["queries"]) for entry in entries] == [(1, 3, 24), (2, 2, 32)]
+    return tmp_path
+
+
+def test_the_law_of_a_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, folder = runs / "law.json", runs / "mqmtar-asentmax-nape"
+
+    def ask(*multiples: int, queries: int = 8, of: Path = folder) -> list[tuple[int, int]]:
+        lengths = [str(multiple) for multiple in multiples]
+        flags = ["--queries", str(queries), "--device", "cpu", "--output", str(output)]
+        law.main([str(of), "--multiples", *lengths, *flags])
+        found = json.loads(output.read_text())["runs"][f"{of.name} seed0"]["lengths"]
+        assert all(entry["header"]["seeds"] == [law.SEED] for entry in found), "each says what measured it"
+        return [(entry["multiple"], entry["contexts"]) for entry in found]
+
+    assert ask(1, 2, queries=20) == [(1, 3), (2, 2)]
     assert "mqmtar-asentmax-nape seed0 at 2x: " in capsys.readouterr().out
-    law.main([runs, "--multiples", "2", "1", "--queries", "8", "--device", "cpu", "--output", str(output)])
-    law.main([runs, "--multiples", "4", "--queries", "8", "--device", "cpu", "--output", str(output)])
-    entries = json.loads(output.read_text())["runs"]["mqmtar-asentmax-nape seed0"]["lengths"]
-    assert [(entry["multiple"], entry["contexts"]) for entry in entries] == [(1, 1), (2, 1), (4, 1)], "others stay"
-    assert [entry["header"]["seeds"] for entry in entries] == [[law.SEED]] * 3, "each says what measured it"
-    output.with_suffix(".png").unlink()
+    assert ask(2, 1) == [(1, 1), (2, 1)]
+    assert ask(4) == [(1, 1), (2, 1), (4, 1)], "the other lengths stay"
+    output.with_suffix(".md").unlink()
     law.main(["--report", "--output", str(output)])
-    assert output.with_suffix(".png").exists() and "| 1x | 2x | 4x |" in output.with_suffix(".md").read_text()
-    train.main(["--task", "mqmtar", *common, "--out", str(tmp_path / "others")])
-    (tmp_path / "others" / "mqmtar-asentmax-nape").rename(tmp_path / "mine")
-    capsys.readouterr()
-    law.main([str(tmp_path / "mine"), "--multiples", "1", "--queries", "8", "--device", "cpu", "--output", str(output)])
-    assert list(json.loads(output.read_text())["runs"]) == ["mqmtar-asentmax-nape seed0", "mine seed0"]
-    assert "another run" not in capsys.readouterr().out
-    (tmp_path / "mine").rename(tmp_path / "others" / "mqmtar-asentmax-nape")
-    other = str(tmp_path / "others" / "mqmtar-asentmax-nape")
-    law.main([other, "--multiples", "1", "--queries", "8", "--device", "cpu", "--output", str(output)])
-    assert "has mqmtar-asentmax-nape seed0 of another run" in capsys.readouterr().out
+    assert "| 1x | 2x | 4x |" in output.with_suffix(".md").read_text()
+    folder.rename(runs / "mine")
+    assert ask(1, of=runs / "mine") == [(1, 1)], "a renamed folder is another model"
     with pytest.raises(SystemExit):
-        law.main([str(tmp_path / "copy-asentmax-nape"), "--device", "cpu", "--output", str(output)])
-    assert "was trained on copy; the law is of MQMTAR's queries" in capsys.readouterr().err
+        law.main([str(runs / "copy-asentmax-nape"), "--device", "cpu", "--output", str(output)])
+    assert "was trained on copy, but this analysis is for MQMTAR" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         law.main(["--output", str(output)])
-    assert "no finished run below no folder" in capsys.readouterr().err
-    file = tmp_path / "mqmtar-asentmax-nape" / "seed0" / "run.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "given_up": True}))
+    assert "there is no finished run below no folder" in capsys.readouterr().err
+    file = runs / "mine" / "seed0" / "run.json"
+    run = json.loads(file.read_text())
+    file.write_text(json.dumps({**run, "header": {**run["header"], "date": "later"}}))
+    assert ask(2, of=runs / "mine") == [(2, 1)]
+    assert "has mine seed0 of another run, which is replaced" in capsys.readouterr().out
+    file.write_text(json.dumps({**run, "given_up": True}))
     with pytest.raises(SystemExit):
-        law.main([runs, "--device", "cpu", "--output", str(tmp_path / "other.json")])
+        law.main([str(runs / "mine"), "--device", "cpu", "--output", str(runs / "other.json")])
     said = capsys.readouterr()
     assert "there is no model to ask" in said.out and "nothing to report: every run was given up" in said.err
 
 
-def test_mistakes_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ["--device", "cpu", "--out", str(tmp_path), "--steps", "1", "--batch", "4", *SIZE_FLAGS]
-    train.main(["--task", "mqmtar", *common])
-    output = tmp_path / "mistakes.json"
-    run = tmp_path / "mqmtar-asentmax-nape" / "seed0"
+def test_mistakes_of_a_run(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, run = runs / "mistakes.json", runs / "mqmtar-asentmax-nape" / "seed0"
     mistakes.main([str(run), "--multiple", "1", "--samples", "3", "--device", "cpu", "--output", str(output)])
     (row,) = json.loads(output.read_text())["results"]
     assert row["queries"] == 12 and row["wrong"] == sum(sum(kinds.values()) for kinds in row["mistakes"].values())
     assert "mqmtar-asentmax-nape seed0 at 1x: " in capsys.readouterr().out
+
+
+def test_reach_narrows_the_view_of_heads_with_alibi_only() -> None:
+    model = decided("asentmax")
+    plain = reach.reach(model, SMALL, 2, samples=16, window=0)
+    assert plain["queries"] == 64 and plain["queries_wrong"] > 60  # the model has learned nothing
+    for same in (reach.reach(model, SMALL, 2, 16, window=91), reach.reach(model, SMALL, 0, 16, window=1)):
+        assert same["queries_wrong"] == plain["queries_wrong"] and same["loss"] == pytest.approx(plain["loss"])
+    assert reach.reach(model, SMALL, 2, 16, window=8)["loss"] != pytest.approx(plain["loss"], rel=1e-4)
+
+
+def test_reach_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(reach, "WINDOWS", (0, 12))
+    run = tmp_path / "run"
+    build_model(SMALL, "softmax", "nape").save_pretrained(run / "model")
+    summary = {"task": "mqmtar", "task_settings": asdict(SMALL), "settings": {"positions": "nape"}}
+    (run / "run.json").write_text(json.dumps(summary))
+    output = tmp_path / "reach.json"
+    output.write_text(json.dumps({"models": {"another": {"windows": [{"loss": 0.5, "queries_wrong": 3}] * 2}}}))
+    flags = [str(run), "--samples", "8", "--output", str(output), "--device", "cpu"]
+    reach.main(flags)
+    models = json.loads(output.read_text())["models"]
+    model = models[f"{tmp_path.name} run"]
+    assert list(models) == ["another", f"{tmp_path.name} run"] and model["header"]["samples"] == 8
+    assert [row["window"] for row in model["windows"]] == [0, 12]
+    printed = capsys.readouterr().out
+    assert "| another | 5.0e-01, 3 | 5.0e-01, 3 |" in printed
+    assert "| heads with ALiBi see | all tokens | the last 12 |" in printed and "e+00, 32 |" in printed
+    (run / "run.json").write_text(json.dumps({**summary, "settings": {"positions": "nope"}}))
+    with pytest.raises(SystemExit):
+        reach.main(flags)
+    assert "has positions nope, without heads that have ALiBi" in capsys.readouterr().err
