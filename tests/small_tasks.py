@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 
 
 def positions_for(method: str) -> str:
+    """NAPE, or NoPE for stick-breaking, which cannot have ALiBi."""
     return "nope" if method == "stick_breaking" else "nape"
 
 
@@ -33,12 +34,13 @@ def decided(method: str) -> PreTrainedModel:
 
 
 def small(name: str) -> Task:
+    """A task with a tiny model."""
     sizes = {"hidden": 16, "ffn": 16} if name == "max_retrieval" else SIZES
     return TASKS[name](**sizes)  # type: ignore[arg-type]
 
 
 def trained(folder: Path, task: Task, settings: RunSettings, stops: bool = False) -> Trainer:
-    """A finished run; with `stops` every step is made by a new process's trainer."""
+    """A finished run of seed 3. With `stops`, a new trainer resumes from the checkpoint for every step."""
     while True:
         trainer = Trainer(task, settings, 3, folder / "seed3", CPU)
         if trainer.run(0.0 if stops else float("inf")):

@@ -1,57 +1,103 @@
-"""A model card for the best model of each table, ASEntmax's where there is one, from the results files.
+"""Writes a model card for the best model of each table, ASEntmax's where there is one, from the results files.
 
-    python recipes/synthetic/model_card.py            # writes model_cards/TASK-TRACK.md
+    python -m recipes.synthetic.model_card            # writes model_cards/TASK-TRACK.md
 
-Tables whose best model has not learnt its task at the training length get none, nor does Max retrieval, whose model is
-no language model.
+A table whose best model has not learned its task at the training length gets no card. Max retrieval gets none either,
+because its model is not a language model.
 
-The card is what `push_to_hub` wants beside the weights: metadata with the results, what the model is for, how it was
-trained and tested, and what it can't do. The weights themselves are made by the command that the card names.
+The card is what `push_to_hub` uploads beside the weights: metadata with the results, what the model is for, how it was
+trained and tested, and what it cannot do. The commands that the card names make the weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from recipes.synthetic.evaluate import RESULTS
-from recipes.synthetic.report import TRACKS, Group, best, caveats, grouped, in_vain, tables
+from recipes.synthetic.groups import (
+    TASK_NAMES,
+    TRACKS,
+    Group,
+    best,
+    caveats,
+    chain,
+    current_command,
+    fresh_seed_sentence,
+    grouped,
+    in_vain,
+    read_results,
+    tables,
+)
 from recipes.synthetic.tasks import TASKS, MaxRetrieval
 
 __all__ = ["card", "main"]
 
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
-LEARNT = 95  # % exact match at the training length, below which a model has not learnt its task
+LEARNED = 95  # % exact match at the training length, below which a model has not learned its task
+
+_LIMITS = {
+    "own": "The training data are not the paper's: they have more keys that are easily confused. The test data have "
+    "such keys by chance only. So the results are no comparison with work on the paper's data.",
+    "paper": "The training data are the paper's. The commands above list what training changes in inputs and model.",
+}
 
 
-def _commands(run: dict[str, Any]) -> list[str]:
-    """What trained the model, the run whose weights it began with first."""
-    earlier = run.get("started_from")
-    command = run["header"]["command"] if "header" in run else run["command"]
-    return [*(_commands(earlier) if earlier else []), command]
+def card(group: Group, fresh: list[dict[str, Any]]) -> str:
+    """The card of a group's seeds: YAML metadata and Markdown.
+
+    Args:
+        group: the results of one setting.
+        fresh: results of the same setting with seeds that the group does not pool.
+    """
+    run = group.runs[0]
+    many = len(group.runs) > 1
+    made = ModelCard.from_template(
+        _metadata(group),
+        template_path=str(TEMPLATE),
+        name=_name(group),
+        method=group.name,
+        task=TASK_NAMES[group.task],
+        sizes=run["task_settings"],
+        parameters=f"{run['parameters'] / 1e6:.1f}",
+        seeds=f"seed{'s' if many else ''} {', '.join(str(one['seed']) for one in group.runs)}",
+        rows=_rows(group),
+        track=TRACKS[group.track],
+        on_average=" on average" if many else "",
+        without=in_vain(group.runs),
+        samples=f"{group.millions:.1f}",
+        minutes=f"{group.minutes:.1f}",
+        device=run["header"]["device"]["name"],
+        versions=run["header"]["versions"],
+        commits=", ".join(dict.fromkeys(one["header"]["commit"] for one in group.runs)),
+        seed=run["seed"],
+        commands="\n".join(_commands(run)),
+        limits=" ".join(
+            [
+                _each_seed(group) if many else "The results are those of one seed.",
+                *filter(None, [fresh_seed_sentence(fresh)]),
+                _LIMITS[group.track],
+                *caveats([group], "../recipes/synthetic/findings.md"),
+            ]
+        ),
+    )
+    return str(made).rstrip() + "\n"
 
 
-def card(group: Group) -> str:
-    """The card of a group's seeds: YAML metadata and markdown."""
-    runs = [result["run"] for result in group.results]
-    run = runs[0]
-    trained = run["task_settings"]["max_length"]
-    name = f"{group.task}-{group.method}-{group.positions}"
-    rows, results = [], []
+def _name(group: Group) -> str:
+    return f"{group.task}-{group.method}-{group.positions}"
+
+
+def _metadata(group: Group) -> ModelCardData:
+    results = []
     for multiple in sorted(group.multiples()):
         pooled = group.pooled(multiple)
         assert pooled is not None
-        accuracy, low, high = pooled
-        samples = sum(entry["samples"] for entry in group.entries(multiple))
-        rows.append(f"| {trained * multiple:,} ({multiple}x) | {accuracy:.1f} | {low:.1f} to {high:.1f} | {samples} |")
         results.append(
             EvalResult(
                 task_type="text-generation",
@@ -59,58 +105,46 @@ def card(group: Group) -> str:
                 dataset_config=f"{multiple}x",
                 dataset_name=f"{group.task} at {multiple}x the training length",
                 metric_type="exact_match",
-                metric_value=round(accuracy / 100, 4),
+                metric_value=round(pooled[0] / 100, 4),
             )
         )
-    data = ModelCardData(
-        model_name=name,
+    return ModelCardData(
+        model_name=_name(group),
         license="apache-2.0",
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["asentmax", "entmax", "sparse-attention", "long-context", "length-generalization"],
         eval_results=results,
     )
-    many = len(runs) > 1
-    seeds = f"seed{'s' if many else ''} {', '.join(str(one['seed']) for one in runs)}"
-    made = ModelCard.from_template(
-        data,
-        template_path=str(TEMPLATE),
-        name=name,
-        task=group.task,
-        sizes=run["task_settings"],
-        settings=run["settings"],
-        parameters=f"{run['parameters'] / 1e6:.1f}",
-        seeds=seeds,
-        rows="\n".join(rows),
-        track=TRACKS[group.track],
-        on_average=" on average" if many else "",
-        without=in_vain(runs),
-        samples=f"{group.millions:.1f}",
-        minutes=f"{group.minutes:.1f}",
-        device=run["header"]["device"]["name"],
-        versions=run["header"]["versions"],
-        commits=", ".join(dict.fromkeys(one["header"]["commit"] for one in runs)),
-        seed=run["seed"],
-        commands="\n".join(_commands(run)),
-        limits=f"{_each_seed(group) if many else 'One seed.'} {_LIMITS[group.track]}"
-        + "".join(f" {text}" for text in caveats([group], "../recipes/synthetic/findings.md")),
-    )
-    return str(made).rstrip() + "\n"
+
+
+def _rows(group: Group) -> str:
+    trained, rows = group.runs[0]["task_settings"]["max_length"], []
+    for multiple in sorted(group.multiples()):
+        pooled = group.pooled(multiple)
+        assert pooled is not None
+        samples = sum(entry["samples"] for entry in group.entries(multiple))
+        low, high = f"{pooled[1]:.1f}", f"{pooled[2]:.1f}"
+        rows.append(f"| {trained * multiple:,} ({multiple}x) | {pooled[0]:.1f} | {low} to {high} | {samples} |")
+    return "\n".join(rows)
+
+
+def _commands(run: dict[str, Any]) -> list[str]:
+    """The commands that trained the model, the first run of its chain first."""
+    recorded = (one["header"]["command"] if "header" in one else one["command"] for one in chain(run))
+    return [current_command(command) for command in recorded]
 
 
 def _each_seed(group: Group) -> str:
-    """What the seeds have at the longest length that all were tested at."""
+    """The result of each seed at the longest length at which all were tested."""
     last = max(m for m in group.multiples() if len(group.entries(m)) == len(group.results))
-    seeds = ", ".join(str(result["run"]["seed"]) for result in group.results)
+    seeds = ", ".join(str(run["seed"]) for run in group.runs)
     shares = ", ".join(f"{100 * entry['exact_match']:.1f}" for entry in group.entries(last))
-    return f"Numbers are over all seeds that were tested at a length; seeds {seeds} alone have {shares}% at {last}x."
+    return f"The results are those of all seeds together; seeds {seeds} have {shares}% at {last}x."
 
 
-_LIMITS = {
-    "own": "The training data are not the paper's: more of their keys are easily confused, which those of tests are by "
-    "chance only, so this is no comparison with work on the paper's data.",
-    "paper": "The training data are the paper's; what training does to inputs and model beside, the commands say.",
-}
+def _kind(run: dict[str, Any]) -> tuple[str, str, str]:
+    return run["task"], run["track"], run["settings"]["method"]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -119,21 +153,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results files")
     parser.add_argument("--out", type=Path, default=CARDS, help="folder for the cards")
     parsed = parser.parse_args(arguments)
-    results = [json.loads(file.read_text()) for file in sorted(parsed.results.glob("*.json"))]
+    results, fresh = read_results(parsed.results)
     if not results:
-        parser.error(f"no results files in {parsed.results}; evaluate.py writes them")
+        parser.error(f"there are no results files in {parsed.results}; recipes.synthetic.evaluate writes them")
     parsed.out.mkdir(parents=True, exist_ok=True)
     for (task, track), members in tables(grouped(results)):
         group = best([member for member in members if member.method == "asentmax"] or members)
         if issubclass(TASKS[task], MaxRetrieval):
-            print(f"no card for {task}-{track}: AutoModel does not load its model, which is this recipe's own")
+            print(f"no card for {task}-{track}: AutoModel does not load its model, which belongs to this recipe")
             continue
-        learnt = group.pooled(1)
-        if learnt is not None and learnt[0] < LEARNT:
-            print(f"no card for {task}-{track}: {learnt[0]:.1f}% at the training length, {LEARNT}% are asked for")
+        at_training_length = group.pooled(1)
+        if at_training_length is not None and at_training_length[0] < LEARNED:
+            print(f"no card for {task}-{track}: {at_training_length[0]:.1f}% at the training length, below {LEARNED}%")
             continue
         file = parsed.out / f"{task}-{track}.md"
-        file.write_text(card(group))
+        kind = (task, track, group.method)
+        same = [one for one in fresh if _kind(one["run"]) == kind]
+        file.write_text(card(group, same), encoding="utf-8")
         print(f"wrote {file}")
 
 

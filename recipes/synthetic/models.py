@@ -1,4 +1,4 @@
-"""Llama-style models for the tasks: every method and every kind of positions, through the plugin's flags."""
+"""Llama-style models for the tasks, with every method and every kind of positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from transformers import (
     LlamaModel,
     LlamaPreTrainedModel,
     PreTrainedModel,
-    Qwen3Config,
 )
 
 import hf_asentmax
@@ -23,7 +22,7 @@ from recipes.synthetic.tasks import Batch, MaxRetrieval, Task
 
 __all__ = ["METHODS", "POSITIONS", "alibi_heads", "build_model", "load_model", "outputs_at"]
 
-# What each method sets. All of them run by the plugin's attention, so that positions mean the same to all.
+# The fields of ASEntmaxConfig for each method. All methods run through the plugin's attention, with the same positions.
 _FLAGS: dict[str, dict[str, Any]] = {
     "softmax": {"alpha": 1.0, "scaling": "none"},
     "ssmax": {"alpha": 1.0, "scaling": "ssmax"},
@@ -38,7 +37,7 @@ POSITIONS = tuple(_POSITIONS)
 
 
 class ItemClassifier(LlamaPreTrainedModel):
-    """For sets, which have no tokens: items through a small network and a decoder; the class is the last item's."""
+    """A model for sets of items, which have no tokens: a network embeds them, and a decoder classifies the last one."""
 
     config_class = LlamaConfig
 
@@ -59,24 +58,22 @@ class ItemClassifier(LlamaPreTrainedModel):
         return self.classifier(hidden_states[:, scored_at])
 
 
-def build_model(
-    task: Task, method: str, positions: str, flags: dict[str, Any] | None = None, *, qk_norm: bool = False
-) -> PreTrainedModel:
-    """A new model of the task's size, its weights drawn from torch's global seed.
+def build_model(task: Task, method: str, positions: str, flags: dict[str, Any] | None = None) -> PreTrainedModel:
+    """A new model of the task's size, with weights drawn from torch's global seed.
 
     Args:
         task: gives sizes and vocabulary.
         method: one of METHODS.
-        positions: one of POSITIONS; stick-breaking has an order of its own and takes only rope or nope.
-        flags: more flags of ASEntmaxConfig (`top_k`, `delta`, `gamma_range`, `alibi_slopes`, ...), which win.
-        qk_norm: queries and keys are normalised head by head, as in Qwen3, whose layers are Llama's otherwise. Scores
-            are then bounded by what the norms' learned factors allow.
+        positions: one of POSITIONS. Stick-breaking depends on the order of the keys by itself: rope or nope only.
+        flags: further fields of ASEntmaxConfig (`top_k`, `delta`, `gamma_range`, `alibi_slopes`, ...). They override
+            those of the method.
+
+    Raises:
+        ValueError: the method or the positions are unknown, or do not go together.
     """
     if method not in METHODS or positions not in POSITIONS:
         raise ValueError(f"expected one of {METHODS} and of {POSITIONS}, got {method!r} and {positions!r}")
-    if qk_norm and isinstance(task, MaxRetrieval):
-        raise ValueError("qk-norm is for tasks of tokens; max_retrieval has a model of its own")
-    config = (Qwen3Config if qk_norm else LlamaConfig)(
+    config = LlamaConfig(
         vocab_size=task.vocabulary,
         hidden_size=task.hidden,
         intermediate_size=task.ffn,
@@ -97,8 +94,7 @@ def build_model(
     if method == stick_breaking.NAME:
         if positions not in ("rope", "nope") or flags:
             raise ValueError(
-                f"stick-breaking orders the keys by itself and has no flags: positions must be rope or nope, "
-                f"got {positions} and {flags}"
+                f"stick-breaking has no flags, and its positions must be rope or nope; got {positions} and {flags}"
             )
         config.stick_breaking_positions = positions
         return _prepared(make(config, attn_implementation=stick_breaking.NAME))
@@ -123,7 +119,7 @@ def load_model(folder: Path) -> PreTrainedModel:
 
 
 def _prepared(model: PreTrainedModel) -> PreTrainedModel:
-    """Stick-breaking without rotary positions where it is to have none."""
+    """The stick-breaking model, without its rotary positions where `nope` was asked for."""
     if model.config.stick_breaking_positions == "nope":
         model.model.rotary_emb = stick_breaking.NoRotation(model.config.head_dim)
     return model
@@ -133,17 +129,19 @@ def outputs_at(model: nn.Module, batch: Batch, mask: torch.Tensor | None = None)
     """(batch, targets, vocabulary): the model's outputs where the batch is scored.
 
     Args:
-        mask: (1, heads, length, length) bool, what each head's tokens see; None for all before them and themselves.
+        model: from `build_model`, compiled or not.
+        batch: on the model's device.
+        mask: (1, heads, length, length) bool, what each head's tokens see; None for causal attention to all tokens.
 
     Raises:
-        ValueError: a mask for a task of items, whose model takes none.
+        ValueError: there is a mask, and the task has items, whose model takes none.
     """
     if batch.inputs.is_floating_point():
         if mask is not None:
-            raise ValueError("a model of items (max_retrieval) takes no mask; leave out alibi-window")
+            raise ValueError("a model of items (max_retrieval) takes no mask: leave out alibi-window")
         return model(batch.inputs, batch.scored_at)
     if mask is None:
-        # A mask of ones: without one, a compiled transformers looks for packed sequences and builds a square mask
+        # Without a mask, transformers when compiled looks for packed sequences and builds a square mask.
         mask = torch.ones_like(batch.inputs, dtype=torch.bool)
     else:
         mask = mask.expand(len(batch.inputs), -1, -1, -1)

@@ -1,25 +1,34 @@
 #!/usr/bin/env bash
-# MQMTAR in two runs: the task, then heads left out until each looks up the right key alone.
+# Trains a model on MQMTAR in two runs and tests it. The second run leaves out heads until each head looks up the right
+# key by itself.
 #
-#     bash recipes/synthetic/mqmtar.sh own 0          # our own training distribution, seed 0
-#     bash recipes/synthetic/mqmtar.sh paper 0        # the paper's
-#     bash recipes/synthetic/mqmtar.sh both 0         # the same two runs, then a third one on our own
+#     bash recipes/synthetic/mqmtar.sh paper 0        # the paper's training distribution, seed 0
+#     bash recipes/synthetic/mqmtar.sh own 0          # our own training distribution (near misses)
+#     bash recipes/synthetic/mqmtar.sh both 0         # the two runs of paper, then a third run on near misses
 #
-# On the paper's distribution the first run has half the learning rate and the batch, and chooses hard samples by their
-# loss in its second half. The second run chooses them from its start, weighs what is hard in them and sees them again,
-# and its heads with ALiBi see 16 tokens in half of the batches. The third run is like the second, at half its rate, on
+# The first run on the paper's distribution uses half the learning rate and batch, and chooses hard samples by their
+# loss in its second half. The second run chooses them from the start, weights what is hard in them and replays them;
+# its heads with ALiBi see 16 tokens in half of the batches. The third run is like the second, at half its rate, on
 # samples with near misses.
 #
-# A first run can end with an e (wrong queries / queries / pairs, at 64x, in its validation) of 5e-6 or 5e-4, and what
-# comes of it follows from that: the paper's second run has made 100% at 1024x of four below 2e-5, and 100 and 99% of
-# 3.3e-5 and 4.8e-5 with hard samples; none has mended 5e-4. So one above GOOD (own 2e-5, paper 5e-5), or that stays
-# on the plateau, is followed by another, of the seed 100 further, until there were TRIES (4); where none is good, the
-# best one goes on. Methods that never are good get as many.
+# First runs differ: their e (wrong queries / queries / pairs, at 64x, in their validation) can be 5e-6 or 5e-4, and the
+# result of the second run depends on it. So a first run whose e is above GOOD (own 2e-5, paper 5e-5), or that stays on
+# the plateau, is followed by another with a seed that is 100 higher, until there were TRIES (4). If none is good, the
+# best one is continued.
 #
-# METHOD is the attention (default asentmax), MINUTES (own 3.2, paper 1.6), MORE_MINUTES (own 1.2, paper 8.5) and
-# THIRD_MINUTES (4) are the training times, RUNS the folder, FLAGS go to every run, FIRST_FLAGS, MORE_FLAGS and
-# THIRD_FLAGS to one of them, EVALUATE_FLAGS to the last one's test; with FIRST_ONLY=1 one first run is all
-# (ablations.py). What results/ has of both was made before first runs had hard samples:
+# Environment variables:
+#     METHOD                           the attention (asentmax)
+#     MINUTES                          training time of the first run (own 3.2, paper 1.6)
+#     MORE_MINUTES                     of the second run (own 1.2, paper 8.5)
+#     THIRD_MINUTES                    of the third run (4)
+#     RUNS                             the folder for runs (runs/synthetic)
+#     FLAGS                            further flags of every run
+#     FIRST_FLAGS, MORE_FLAGS, THIRD_FLAGS    further flags of one run
+#     EVALUATE_FLAGS                   further flags of the test
+#     FIRST_ONLY=1                     stop after one first run (ablations.py)
+#     PYTHON                           the interpreter (python3)
+#
+# The results of `both` in results/ were made before first runs had hard samples:
 # FIRST_FLAGS="--hard-candidates 1" GOOD=2e-5.
 set -euo pipefail
 if [[ ${1:---help} == --help ]]; then
@@ -52,14 +61,14 @@ paper | both)
     exit 2
     ;;
 esac
-python=${PYTHON:-python3} train=recipes/synthetic/train.py all=mqmtar-$method-nape
+python=${PYTHON:-python3} all=mqmtar-$method-nape
 
 e_of() { # of a first run's last validation; inf where it was given up
     "$python" -c 'import json, sys
 run = json.load(open(sys.argv[1]))
 print("inf" if run["given_up"] else run["validations"][-1]["e"])' "$out/$all-$base-first/seed$1/run.json"
 }
-finished() { [[ -f $out/$all-$1/run.json ]]; } # if not, by --stop-after in FLAGS: the same command goes on from there
+finished() { [[ -f $out/$all-$1/run.json ]]; } # if not (--stop-after in FLAGS), the same command continues
 below() { "$python" -c 'import sys; sys.exit(not float(sys.argv[1]) < float(sys.argv[2]))' "$1" "$2"; }
 
 good=${GOOD:-$good} tries=${TRIES:-4} made=0 best=none best_e=inf
@@ -70,8 +79,8 @@ fi
 for ((try = 0; try < tries; try++)); do
     from=$((seed + 100 * try)) made=$((try + 1))
     # shellcheck disable=SC2086  # FLAGS are several words
-    "$python" "$train" "${common[@]}" --seeds "$from" "${first[@]}" --name "$base-first" --ease-in 1500 \
-        --decay 0.25 --minutes "${MINUTES:-$minutes}" --give-up 3000000 ${FLAGS:-} ${FIRST_FLAGS:-}
+    "$python" -m recipes.synthetic.train "${common[@]}" --seeds "$from" "${first[@]}" --name "$base-first" \
+        --ease-in 1500 --decay 0.25 --minutes "${MINUTES:-$minutes}" --give-up 3000000 ${FLAGS:-} ${FIRST_FLAGS:-}
     if [[ -n ${FIRST_ONLY:-} ]]; then
         exit
     fi
@@ -86,13 +95,13 @@ for ((try = 0; try < tries; try++)); do
     fi
 done
 if [[ $best == none ]]; then
-    echo "no first run of seed $seed left the plateau (tries: $tries); take another seed, or a lower --lr in FLAGS" >&2
+    echo "no first run of seed $seed left the plateau (tries: $tries): try another seed, or a lower --lr in FLAGS" >&2
     exit 1
 fi
 
 further() { # NAME START MINUTES FLAGS...: another run, from the weights of the finished one START
-    "$python" "$train" "${common[@]}" --seeds "$seed" --name "$1" --ease-in 300 --warmup 100 --decay 1 --head-drop 0.75 \
-        --start-from "$out/$all-$2" --minutes "$3" "${@:4}"
+    "$python" -m recipes.synthetic.train "${common[@]}" --seeds "$seed" --name "$1" --ease-in 300 --warmup 100 \
+        --decay 1 --head-drop 0.75 --start-from "$out/$all-$2" --minutes "$3" "${@:4}"
     finished "$1/seed$seed" || exit 0
 }
 # shellcheck disable=SC2086
@@ -103,4 +112,4 @@ if [[ $distribution == both ]]; then
     further both "paper/seed$seed" "${THIRD_MINUTES:-4}" --lr 4e-4 "${hard[@]}" "${near[@]}" ${FLAGS:-} ${THIRD_FLAGS:-}
 fi
 # shellcheck disable=SC2086
-"$python" recipes/synthetic/evaluate.py "$out/$all-$distribution" ${EVALUATE_FLAGS:-}
+"$python" -m recipes.synthetic.evaluate "$out/$all-$distribution" ${EVALUATE_FLAGS:-}

@@ -1,4 +1,4 @@
-"""Hard samples are seen again: of what a run has drawn, those that it still gets wrong."""
+"""Keeps the samples that a run still gets wrong, and trains on them again."""
 
 from __future__ import annotations
 
@@ -11,33 +11,34 @@ from recipes.synthetic.tasks import Batch
 
 __all__ = ["HardReplay"]
 
-CAPACITY = 512  # samples kept of each length
-TAKEN = 32  # of each batch, its hardest, that may be kept
+CAPACITY = 512  # samples kept for each length
+TAKEN = 32  # the hardest samples of each batch that may be kept
 
 
 class HardReplay:
-    """Keeps the samples of largest loss, and puts them into later batches of the same length.
+    """Keeps the samples with the largest loss, and puts them into later batches of the same length.
 
-    Where eight keys are drawn of 65,536, the keys that a model confuses (two letters swapped, say) meet in one sample
-    of thousands: its loss is large, and gone with the next update. Kept, such a sample comes back until its loss is no
-    longer among the largest. That changes how often a drawn sample is seen, not how samples are drawn. What is kept is
-    judged by its last loss, which should have no chance in it: with heads left out, any sample may be hard.
+    When eight keys are drawn from 65,536, the keys that a model confuses (two letters swapped, say) meet in one sample
+    of thousands. Its loss is large, and the sample is gone after the update. Kept, it comes back until its loss is no
+    longer among the largest. This changes how often a drawn sample is seen, not how samples are drawn. Samples are
+    judged by their last loss, which must not be random: with heads left out, any sample may be hard.
 
     Args:
-        share: of a batch that is replaced by samples seen before.
+        share: of a batch that is replaced by earlier samples.
         batch: samples in a batch.
 
     Raises:
-        ValueError: the share is none, or comes to no sample or to more than are kept.
+        ValueError: the share is outside [0, 1), or it amounts to no sample or to more samples than are kept.
     """
 
     def __init__(self, share: float, batch: int) -> None:
         if not 0 <= share < 1:
-            raise ValueError(f"replay's share of a batch must be at least 0 and below 1, got {share}")
+            raise ValueError(f"replay is a share of a batch: at least 0 and below 1, got {share}")
         self.count = int(share * batch)
         if share > 0 and not 1 <= self.count <= CAPACITY:
             raise ValueError(
-                f"a replay of {share} of {batch} samples is {self.count}; expected 1 to {CAPACITY}, which are kept"
+                f"a replay of {share} of {batch} samples is {self.count} samples; expected 1 to {CAPACITY}, the number "
+                "that is kept"
             )
         self._kept: dict[str, dict[str, torch.Tensor]] = {}
         self._key = ""
@@ -45,7 +46,7 @@ class HardReplay:
         self._chosen = torch.empty(0, dtype=torch.int64)
 
     def mix(self, batch: Batch, key: str) -> Batch:
-        """The batch with its last samples replaced by the hardest kept ones of `key`, which names equal lengths."""
+        """The batch with its last samples replaced by the hardest kept ones. Batches of equal lengths share a key."""
         self._key, self._mixed = key, batch
         self._chosen = torch.empty(0, dtype=torch.int64, device=batch.labels.device)
         if key not in self._kept or self.count == 0:
@@ -63,7 +64,7 @@ class HardReplay:
 
     @torch.no_grad()
     def update(self, losses: torch.Tensor) -> None:
-        """(batch,) losses of what `mix` gave last."""
+        """Takes the (batch,) losses of the batch that `mix` returned last."""
         batch = self._mixed
         if batch is None or self.count == 0:
             return
@@ -88,9 +89,9 @@ class HardReplay:
         }
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """The kept samples, for a checkpoint: tensors `inputs`, `labels` and `losses` under each key."""
         return self._kept
 
     def restore(self, state: dict[str, Any], device: torch.device) -> None:
-        """Take over a `state`."""
+        """Restores what `state` returned."""
         self._kept = {key: {name: value.to(device) for name, value in kept.items()} for key, kept in state.items()}

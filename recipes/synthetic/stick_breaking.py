@@ -1,8 +1,8 @@
 """Stick-breaking attention (Tan et al. 2024, "Stick-breaking Attention"), a baseline, as an attention of transformers.
 
 With b_ij = sigmoid(z_ij), query i gives key j < i the weight b_ij prod_{j < k < i} (1 - b_ik): going back from i, each
-key breaks its share off what is left of a stick of length 1. What is left at the end goes to the query's own value.
-The order of the keys is part of the definition, so it needs no positions.
+key breaks its share off the rest of a stick of length 1. The rest at the end goes to the query's own value. The order
+of the keys is part of the definition, so no positions are needed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 __all__ = ["NAME", "NoRotation", "stick_breaking_attention"]
 
 NAME = "stick_breaking"
-# Without gradients the scores need not all exist at once: (batch x heads x rows x kv_len) elements at a time.
+# Elements of the scores (batch x heads x rows x kv_len) in memory at a time, where no gradients are needed.
 _SCORES_AT_ONCE = 1 << 26
 
 
@@ -25,12 +25,12 @@ def stick_breaking_attention(query: torch.Tensor, key: torch.Tensor, value: torc
     """Causal stick-breaking attention in float32 (float64 for float64 inputs).
 
     Args:
-        query: (batch, heads, q_len, head_dim); the last query stands at the last key.
+        query: (batch, heads, q_len, head_dim); the last query is at the position of the last key.
         key, value: (batch, heads, kv_len, head_dim).
         scale: factor on q k^T.
 
     Returns:
-        (batch, heads, q_len, head_dim), of query's type.
+        (batch, heads, q_len, head_dim), with the dtype of `query`.
     """
     batch, heads, q_len, _ = query.shape
     kv_len = key.shape[2]
@@ -44,7 +44,7 @@ def stick_breaking_attention(query: torch.Tensor, key: torch.Tensor, value: torc
         before = torch.arange(kv_len, device=query.device) < position
         scores = (part @ working_key.transpose(-1, -2)) * scale
         passed = nn.functional.logsigmoid(-scores).masked_fill(~before, 0.0)
-        # log of what is left of the stick before key j: the sum over the keys between j and the query
+        # log of the rest of the stick before key j: the sum over the keys between j and the query
         left = passed.flip(-1).cumsum(dim=-1).flip(-1) - passed
         weights = (nn.functional.logsigmoid(scores) + left).exp().masked_fill(~before, 0.0)
         rest = 1.0 - weights.sum(dim=-1, keepdim=True)
@@ -62,7 +62,7 @@ def _attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """By transformers' attention interface. Prompts are not padded here, so a mask is causal and not needed."""
+    """Stick-breaking attention behind transformers' interface. The mask is causal, as prompts are not padded here."""
     del module, attention_mask, kwargs
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     with torch.autocast(query.device.type, enabled=False):
@@ -71,7 +71,7 @@ def _attention_forward(
 
 
 class NoRotation(nn.Module):
-    """Stands where a model's rotary positions were: cos = 1 and sin = 0 rotate nothing."""
+    """Replaces the rotary positions of a model: cos = 1 and sin = 0 rotate nothing."""
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()

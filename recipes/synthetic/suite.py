@@ -1,16 +1,17 @@
-"""The synthetic suite's results again, on every GPU of a machine: what is not there yet, in the list's order.
+"""Reproduces the recipe's results: a list of jobs that runs on all GPUs of a machine and can be interrupted.
 
-    python recipes/synthetic/suite.py --list                          # the jobs, and what each takes
-    python recipes/synthetic/suite.py --only mqmtar copy              # some of them, by how their names begin
-    python recipes/synthetic/suite.py --minutes 30                    # start what is done within half an hour
+    python -m recipes.synthetic.suite --list                 # every job, its time and its command
+    python -m recipes.synthetic.suite                        # all jobs
+    python -m recipes.synthetic.suite --only mqmtar copy     # the jobs whose names begin so
+    python -m recipes.synthetic.suite --minutes 30           # only jobs that end within half an hour
 
-Each GPU takes the next job that the time left allows. Runs, results, tables, figures and a log for each job go to
-runs/suite/ (--out); jobs that have ended well there are not run again, and a run that was interrupted goes on. A CPU
-takes one job at a time, and very long.
+A GPU that is free takes the next job that the time left allows. Runs, results, tables, figures and a log for each job
+go to runs/suite/ (--out). A job that has ended well there is not run again, and an interrupted run is continued. A CPU
+takes one job at a time, and a very long time.
 
-The list has MQMTAR on the paper's data and, from there, on our own; the other tasks; softmax, entmax and SSMax beside
-all of these but our own data, with the same flags; and the ablations on the paper's data. FLAGS and what else mqmtar.sh
-takes from the environment reach its jobs.
+The jobs are MQMTAR on the paper's data and, from there, on our own; the other tasks; softmax, entmax and SSMax with the
+same flags (but not on our own data); and the ablations. FLAGS and the other environment variables of mqmtar.sh apply to
+its jobs.
 """
 
 from __future__ import annotations
@@ -30,15 +31,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from recipes.common import REPOSITORY, format_table
-from recipes.synthetic.ablations import variants_of
+from recipes.synthetic.ablations import VARIANTS
 
 __all__ = ["Job", "Outcome", "jobs", "main", "run"]
 
 SEEDS = (0, 1, 2)
-# Hard samples, chosen by their loss and seen again; heads left out.
+# Hard samples, chosen by their loss and replayed; heads left out.
 _HARD = "--hard-candidates 4 --hard-from 0.3 --replay 0.25"
 _HEADS = "--head-drop 0.5 --ease-in 1500"
 # A task's positions, minutes of training and flags, the same for all methods.
@@ -54,17 +53,17 @@ _TASKS = {
 }
 _BASELINES = ("softmax", "entmax", "ssmax")
 
-# How a shell ends on Ctrl-C, by itself or by what it ran: no job is to follow.
+# The exit codes of a shell after Ctrl-C, its own or that of what it ran. No further job is started then.
 _INTERRUPTED = (-signal.SIGINT, 128 + signal.SIGINT)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One command of a shell at the repository's root, with OUT, RUNS and PYTHON in its environment.
+    """A command for a shell at the repository's root, with NAME, OUT, RUNS and PYTHON in its environment.
 
     Attributes:
-        name: of its log, and of its folder of runs.
-        minutes: what it takes of one H200, compilation and tests counted in; about.
+        name: of the log and of the folder of runs.
+        minutes: approximate time on one H200, with compilation and tests.
         command: for bash.
     """
 
@@ -83,13 +82,13 @@ class Outcome:
 
 
 def jobs() -> list[Job]:
-    """All jobs, those of the headline first."""
+    """All jobs, those of MQMTAR first."""
     return [*_mqmtar(), *_of_tasks(), *_ablations()]
 
 
 def _mqmtar() -> Iterator[Job]:
     script = 'EVALUATE_FLAGS="--results $OUT/results" bash recipes/synthetic/mqmtar.sh'
-    law = '"$PYTHON" recipes/synthetic/law.py "$RUNS"/*-paper "$RUNS"/*-both --output "$OUT/law/$NAME.json"'
+    law = '"$PYTHON" -m recipes.synthetic.analysis.law "$RUNS"/*-paper "$RUNS"/*-both --output "$OUT/law/$NAME.json"'
     for seed in SEEDS:
         yield Job(f"mqmtar-{seed}", 24, f"{script} paper {seed} && {script} both {seed} && {law}")
     for method in _BASELINES:
@@ -101,35 +100,35 @@ def _of_tasks() -> Iterator[Job]:
         for task, (positions, minutes, flags) in _TASKS.items():
             for seed in SEEDS if method == "asentmax" else SEEDS[:1]:
                 train = (
-                    f'"$PYTHON" recipes/synthetic/train.py --task {task} --method {method} --positions {positions} '
+                    f'"$PYTHON" -m recipes.synthetic.train --task {task} --method {method} --positions {positions} '
                     f'--seeds {seed} --steps 0 --minutes {minutes} {flags} --out "$RUNS"'
                 )
-                evaluate = '"$PYTHON" recipes/synthetic/evaluate.py "$RUNS" --results "$OUT/results"'
+                evaluate = '"$PYTHON" -m recipes.synthetic.evaluate "$RUNS" --results "$OUT/results"'
                 name = f"{task}-{seed}" if method == "asentmax" else f"{task}-{method}-{seed}"
                 yield Job(name, minutes + 1.7, f"{train} && {evaluate}")
 
 
 def _ablations() -> Iterator[Job]:
     for seed in SEEDS:
-        for number, name in enumerate(variants_of("paper")):
+        for number, name in enumerate(VARIANTS):
             command = (
-                f'"$PYTHON" recipes/synthetic/ablations.py paper --only {shlex.quote(name)} --seeds {seed} '
+                f'"$PYTHON" -m recipes.synthetic.ablations --only {shlex.quote(name)} --seeds {seed} '
                 '--out "$RUNS" --results "$OUT/ablations/$NAME"'
             )
             yield Job(f"ablation-{seed}-{number:02}", 2.7, command)
 
 
 def run(chosen: Sequence[Job], out: Path, gpus: Sequence[str], minutes: float) -> list[Outcome]:
-    """Run jobs on GPUs, each on one, until all are done or no time is left to start one.
+    """Runs jobs, one on each GPU at a time, until all are done or no time is left to start another.
 
     Args:
-        chosen: in the order in which they start.
-        out: for runs, results, logs, and a file for each job that has ended well.
-        gpus: as CUDA_VISIBLE_DEVICES has them; one empty one for a CPU.
-        minutes: within which the jobs that are started should be done.
+        chosen: the jobs, in the order in which they start.
+        out: folder for runs, results, logs, and a file for each job that has ended well.
+        gpus: as in CUDA_VISIBLE_DEVICES; one empty string for a CPU.
+        minutes: time within which the started jobs should end.
 
     Returns:
-        How each ended, in the same order.
+        How each job ended, in the same order.
     """
     for folder in ("done", "law", "log", "results", "runs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
@@ -165,7 +164,7 @@ def run(chosen: Sequence[Job], out: Path, gpus: Sequence[str], minutes: float) -
         try:
             for each in workers:
                 each.join()
-        except KeyboardInterrupt:  # the jobs have it too, and end
+        except KeyboardInterrupt:  # the jobs receive it too, and end
             for each in workers:
                 each.join()
             raise
@@ -195,7 +194,7 @@ def _run_one(job: Job, out: Path, gpu: str) -> int:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """A row for each job: how it ended and how long it took."""
+    """A table in plain text with a row for each job: how it ended, and how long it took."""
     rows = [
         [o.job.name, o.state, f"{o.seconds / 60:.1f}" if o.seconds else "", f"{o.job.minutes:.1f}"] for o in outcomes
     ]
@@ -205,11 +204,13 @@ def table(outcomes: Sequence[Outcome]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """The command line; see the module's description."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="how the names of the jobs to run begin, in order")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start what is done within so many minutes")
-    parser.add_argument("--gpus", help="which GPUs, as in 0,1 (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("runs/suite"), help="for everything (default: runs/suite)")
-    parser.add_argument("--list", action="store_true", help="only say what there is")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="beginnings of the names of jobs to run, in order")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start only jobs that end within this time")
+    parser.add_argument("--gpus", help="the GPUs to use, as in 0,1 (default: all)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/suite"), help="folder for all output (default: runs/suite)"
+    )
+    parser.add_argument("--list", action="store_true", help="only list the jobs")
     parsed = parser.parse_args(arguments)
 
     known = jobs()
@@ -218,22 +219,22 @@ def main(arguments: list[str] | None = None) -> None:
         chosen = [job for name in parsed.only for job in known if job.name.startswith(name)]
         for name in parsed.only:
             if not any(job.name.startswith(name) for job in known):
-                parser.error(f"--only {name}: no job's name begins so; --list shows all")
+                parser.error(f"--only {name}: no job's name begins so; --list shows all names")
         chosen = list(dict.fromkeys(chosen))
     if parsed.list:
         for job in chosen:
             print(f"{job.name:24}{job.minutes:6.1f} minutes  {job.command}")
-        print(f"{len(chosen)} jobs, {sum(job.minutes for job in chosen) / 60:.1f} hours of one H200, about")
+        print(f"{len(chosen)} jobs, {sum(job.minutes for job in chosen) / 60:.1f} hours of one H200 (approximate)")
         return
     gpus = parsed.gpus.split(",") if parsed.gpus else [str(gpu) for gpu in range(torch.cuda.device_count())] or [""]
     if gpus == [""]:
-        print("no GPU: one job at a time on the CPU, many times slower than --list says")
+        print("there is no GPU: one job at a time on the CPU, many times slower than --list says")
     out = parsed.out.resolve()
     outcomes = run(chosen, out, gpus, parsed.minutes)
     print(table(outcomes))
     if any((out / "results").glob("*.json")):
         subprocess.run(
-            [sys.executable, "recipes/synthetic/report.py", "--results", out / "results"], cwd=REPOSITORY, check=True
+            [sys.executable, "-m", "recipes.synthetic.report", "--results", out / "results"], cwd=REPOSITORY, check=True
         )
     failed = [outcome.job.name for outcome in outcomes if outcome.state == "failed"]
     if failed:

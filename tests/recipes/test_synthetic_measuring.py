@@ -1,4 +1,4 @@
-"""Measuring models of the synthetic tasks: greedy decoding, intervals, the metric; and stick-breaking."""
+"""Measuring models of the synthetic tasks: greedy decoding, intervals, the metric, recorded attention."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_asentmax.integration.install import scaling_of
+from recipes.recording import recorded_attention
 from recipes.synthetic import evaluate, measuring
 from recipes.synthetic.measuring import measure, wilson_interval
 from recipes.synthetic.models import METHODS, build_model, outputs_at
 from recipes.synthetic.stick_breaking import stick_breaking_attention
+from recipes.synthetic.tasks import IGNORED
 
 from small_tasks import SMALL, decided, small
+from tiny_models import perturb_scalings
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -73,13 +77,52 @@ def test_wilson_interval() -> None:
         wilson_interval(3, 2)
 
 
-def test_metric_loads_offline_and_agrees(tmp_path: Path) -> None:
+def test_the_metric_loads_offline_and_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And `measure` takes its numbers from it."""
     library = pytest.importorskip("evaluate")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = Path(evaluate.__file__).parent / "metrics" / "exact_answers"
     metric = library.load(str(folder), cache_dir=str(tmp_path))
     result = metric.compute(predictions=[[1, 2], [1, 3], [4]], references=[[1, 2], [1, 2], [4, 5]])
     assert result["exact_match"] == pytest.approx(1 / 3) and result["token_accuracy"] == pytest.approx(4 / 6)
     assert result["interval"] == pytest.approx(wilson_interval(1, 3)) and result["samples"] == 3
+    task = small("local_count")  # whose samples have places that do not count
+    model = build_model(task, "softmax", "nope").eval()
+    found = measure(model, task, 64, 5)
+    batches = list(measuring.predictions(model, task, 64, 5, measuring.TEST_SEED))
+    counts = [batch.labels != IGNORED for batch, _ in batches]
+    right = sum(
+        int(((predicted == batch.labels) & count).sum())
+        for (batch, predicted), count in zip(batches, counts, strict=True)
+    )
+    assert found["token_accuracy"] == right / sum(int(count.sum()) for count in counts) and found["samples"] == 5
+
+
+@pytest.mark.parametrize("method", ["asentmax", "ssmax"])
+def test_recorded_attention_is_what_the_layers_compute(method: str) -> None:
+    """Queries with their length scaling, keys, and the slopes of each layer. The model's outputs stay the same."""
+    torch.manual_seed(0)
+    model = build_model(SMALL, method, "nape").eval()
+    perturb_scalings(model)
+    batch = SMALL.test_batch(2, 64, torch.Generator().manual_seed(0))
+    projected: list[dict[str, torch.Tensor]] = []
+    for attention in (layer.self_attn for layer in model.model.layers):
+        given: dict[str, torch.Tensor] = {}
+        modules = {"query": attention.q_proj, "key": attention.k_proj, "factor": scaling_of(attention)}
+        for name, module in modules.items():
+            module.register_forward_hook(lambda _, __, output, given=given, name=name: given.update({name: output}))
+        projected.append(given)
+    with torch.no_grad(), recorded_attention() as calls:
+        recorded = outputs_at(model, batch)
+    with torch.no_grad():
+        assert torch.equal(recorded, outputs_at(model, batch))
+    assert len(calls) == SMALL.layers
+    for call, layer in zip(calls, projected, strict=True):
+        query, key = (layer[name].unflatten(-1, (-1, SMALL.head_dim)).transpose(1, 2) for name in ("query", "key"))
+        assert torch.equal(call.key, key) and torch.equal(call.query[:, :2], query[:, :2])
+        torch.testing.assert_close(call.query[:, 2:], query[:, 2:] * layer["factor"][..., None])
+        assert not torch.allclose(call.query[:, 2:], query[:, 2:], rtol=1e-3)
+        assert call.slopes.tolist() == [1.0, 0.5, 0.0, 0.0] and call.options["scale"] == SMALL.head_dim**-0.5
 
 
 @pytest.mark.parametrize("length", [1, 6, 33])

@@ -1,22 +1,28 @@
-"""Training runs of the synthetic tasks: schedules, resuming, giving up; with tiny models on the CPU."""
+"""Training runs of the synthetic tasks with tiny models on a CPU: schedules, hard samples, resuming, giving up."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from recipes.synthetic import evaluate, train
 from recipes.synthetic.measuring import measure
 from recipes.synthetic.models import load_model, outputs_at
+from recipes.synthetic.replay import HardReplay
 from recipes.synthetic.settings import RunSettings
-from recipes.synthetic.tasks import TASKS
+from recipes.synthetic.tasks import TASKS, Batch
 from recipes.synthetic.trainer import Trainer, learning_rate
 
 from small_tasks import CPU, SMALL, small, trained
+from tiny_models import perturb_scalings
+
+LEFT = {"step": 0, "seconds": 0.0, "samples": 0}
 
 
 def test_learning_rate() -> None:
@@ -25,61 +31,39 @@ def test_learning_rate() -> None:
     assert learning_rate(1.0, 99, 0.75, linear) == 0.5 and learning_rate(1.0, 99, 1.1, linear) == 0.0
     cosine = RunSettings(warmup=0, schedule="cosine")
     assert learning_rate(2.0, 0, 0.5, cosine) == pytest.approx(1.0)
-    with pytest.raises(ValueError, match="needs an end"):
-        RunSettings(steps=0)
-
-
-def test_queries_and_keys_learn_at_a_rate_of_their_own(tmp_path: Path) -> None:
-    settings = RunSettings(steps=1, batch=4, warmup=1, decay=0.5, qk_lr=0.25, beta2=0.95)
-    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
-    trainer._update()
-    assert {group["lr"] for group in trainer.optimizer.param_groups} == {SMALL.lr}  # on the plateau: one for all
-    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
-    trainer.left_plateau = {"step": 0}
-    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-    trainer._update()
-    moved = {name: float((p.detach() - before[name]).abs().max()) for name, p in trainer.model.named_parameters()}
-    for name, distance in moved.items():  # Adam's first step is the learning rate, wherever there is a gradient
-        if "self_attn" in name and "length_scaling" not in name:
-            slow = "q_proj" in name or "k_proj" in name
-            assert distance == pytest.approx(SMALL.lr * (0.25 if slow else 1.0), rel=0.01), name
-    assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(before)
-    assert all(group["betas"] == (0.9, 0.95) for group in trainer.optimizer.param_groups)
-    with pytest.raises(ValueError, match="beta2 must be at least 0 and below 1, got 1.0"):
-        RunSettings(beta2=1.0)
-    with pytest.raises(ValueError, match="qk-lr must be above 0, got 0.0"):
-        RunSettings(qk_lr=0.0)
-
-
-def test_alpha_climbs_in_stairs() -> None:
-    settings = RunSettings(alpha_start=1.1, alpha_stairs=4, alpha_until=0.4)
-    alphas = [settings.alpha_at(progress, 1.5) for progress in (0.0, 0.09, 0.1, 0.3, 0.39, 0.4, 1.0)]
-    assert alphas == pytest.approx([1.1, 1.1, 1.2, 1.4, 1.4, 1.5, 1.5])
-    assert RunSettings().alpha_at(0.0, 1.5) == 1.5
-    with pytest.raises(ValueError, match="entmax and asentmax"):
-        RunSettings(alpha_start=1.1, method="softmax")
 
 
 def test_resuming_is_exact(tmp_path: Path) -> None:
+    """A run that is stopped after every step ends with the same weights, bit for bit."""
     task = replace(SMALL, near_misses_end=1.0, one_letter_end=0.3, min_queries=1, max_queries=5)
     settings = RunSettings(
-        steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, jitter_law="log", channel_drop=0.1, head_drop=0.5,
-        key_noise=0.1, key_noise_loss=1e9, hard_candidates=2,
-        ease_in=3, plateau=1e9, warmup=3, validations=2, validate_multiple=1, validate_samples=4,
-        alpha_start=1.1, alpha_until=0.6, corrupt_start=0.2, average=0.5, replay=0.25, alibi_window=9,
+        steps=7, batch=4, log_every=2, corrupt=0.5, jitter=0.5, jitter_law="log", head_drop=0.5, key_noise=0.1,
+        hard_candidates=2, hard_weight=0.3, ease_in=3, plateau=1e9, warmup=3, validations=2, validate_multiple=1,
+        validate_samples=4, replay=0.25, alibi_window=9,
     )  # fmt: skip
     straight, resumed = trained(tmp_path / "a", task, settings), trained(tmp_path / "b", task, settings, stops=True)
     assert len(straight.log) == 3 and len(straight.validations) == 2
     for name in ("loss", "gradient_norm"):
         assert [entry[name] for entry in straight.log] == [entry[name] for entry in resumed.log]
-    assert straight.model.config.asentmax.alpha == 1.5
-    assert straight.noise_times == resumed.noise_times > 1.01
-    assert straight.tokens == resumed.tokens and straight.kept_step == resumed.kept_step
-    for one_model, other_model in ((straight.model, resumed.model), (straight.kept_model, resumed.kept_model)):
-        for (name, one), other in zip(one_model.state_dict().items(), other_model.state_dict().values(), strict=True):
-            assert torch.equal(one, other), name
+    assert straight.batches.tokens == resumed.batches.tokens and straight.kept_step == resumed.kept_step
+    for (name, one), other in zip(
+        straight.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
+        assert torch.equal(one, other), name
     with pytest.raises(ValueError, match="other settings"):
         Trainer(task, replace(settings, warmup=4), 3, tmp_path / "b" / "seed3", CPU)
+
+
+def test_changes_of_the_model_are_introduced_after_the_plateau(tmp_path: Path) -> None:
+    settings = RunSettings(steps=8, batch=4, log_every=2, jitter=0.5, ease_in=4, plateau=1e9)
+    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
+    assert trainer.eased_in == 0.0
+    trainer.run()
+    assert trainer.left_plateau is not None and trainer.left_plateau["step"] == 2
+    trainer.step = 4
+    assert trainer.eased_in == 0.5
+    trainer.step = 100
+    assert trainer.eased_in == 1.0
 
 
 def test_a_run_that_stays_on_the_plateau_is_given_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,74 +73,11 @@ def test_a_run_that_stays_on_the_plateau_is_given_up(tmp_path: Path, capsys: pyt
     folder = tmp_path / "mqmtar-asentmax-nape" / "seed0"
     run = json.loads((folder / "run.json").read_text())
     assert run["given_up"] and run["steps"] == 2 and not (folder / "model").exists()
-    assert "the plateau was not left in 8 samples" in capsys.readouterr().out
+    assert "8 samples did not leave the plateau" in capsys.readouterr().out
     evaluate.main([str(folder), "--results", str(tmp_path / "results"), "--device", "cpu"])
     assert not (tmp_path / "results").exists()
     train.main([*flags, "--plateau", "100", "--name", "left"])
     assert not json.loads((tmp_path / "mqmtar-asentmax-nape-left" / "seed0" / "run.json").read_text())["given_up"]
-
-
-def test_the_average_of_the_weights_is_kept(tmp_path: Path) -> None:
-    settings = RunSettings(steps=3, batch=4, warmup=1, average=0.75)
-    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
-    weight, averages = trainer.model.lm_head.weight, []
-    for _ in range(3):
-        trainer._update()
-        trainer.step += 1
-        averages.append(weight.detach().clone() if not averages else averages[-1].lerp(weight.detach(), 0.25))
-    trainer._keep()
-    torch.testing.assert_close(load_model(tmp_path / "model").lm_head.weight, averages[-1])
-    assert not torch.allclose(averages[-1], weight)
-    with pytest.raises(ValueError, match="below 1"):
-        RunSettings(average=1.0)
-
-
-def test_corruption_goes_from_one_share_to_another_after_the_plateau(tmp_path: Path) -> None:
-    settings = RunSettings(steps=8, batch=64, corrupt=1.0, corrupt_start=0.25, ease_in=4, plateau=1e9, log_every=1)
-    assert [settings.corrupt_at(part) for part in (0.0, 0.5, 1.0)] == [0.25, 0.625, 1.0]
-    assert replace(settings, corrupt_start=None).corrupt_at(0.0) == 1.0
-    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
-
-    def wrong_inputs() -> float:
-        batch, _ = trainer._next_batch(0.0)
-        letters = batch.inputs[:, batch.answer_letters]
-        return (letters != batch.labels[:, batch.answer_letters - batch.answer_letters[0] + 1]).float().mean().item()
-
-    assert 0.1 < wrong_inputs() < 0.4
-    trainer.left_plateau, trainer.step = {"step": 0}, 2
-    assert 0.45 < wrong_inputs() < 0.8
-    trainer.step = 4
-    assert wrong_inputs() > 0.95
-    with pytest.raises(ValueError, match="give --ease-in"):
-        RunSettings(corrupt_start=0.5)
-    with pytest.raises(ValueError, match="corrupt-start is a probability, from 0 to 1, got 2"):
-        RunSettings(corrupt_start=2.0, ease_in=4)
-    with pytest.raises(ValueError, match="at least 1, got 0"):
-        RunSettings(tries=0)
-    with pytest.raises(ValueError, match="give --start-from"):
-        RunSettings(tries=2)
-
-
-def test_key_noise_follows_the_loss(tmp_path: Path) -> None:
-    settings = RunSettings(steps=4, batch=4, log_every=1, key_noise=0.1, key_noise_loss=1e9, plateau=1e9)
-    growing = [entry["key_noise"] for entry in trained(tmp_path / "a", SMALL, settings).log]
-    assert growing == pytest.approx([0.1, 0.1 * 1.005, 0.1 * 1.005**2, 0.1 * 1.005**3])
-    shrinking = trained(tmp_path / "b", SMALL, replace(settings, key_noise_loss=1e-9))
-    assert shrinking.log[-1]["key_noise"] == pytest.approx(0.1 / 1.005**3)
-    still_on_the_plateau = trained(tmp_path / "c", SMALL, replace(settings, plateau=1e-9))
-    assert still_on_the_plateau.log[-1]["key_noise"] == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="give --key-noise"):
-        RunSettings(key_noise_loss=0.1)
-
-
-def test_starts_of_the_projections(tmp_path: Path) -> None:
-    plain = Trainer(SMALL, RunSettings(), 0, tmp_path, CPU).model.state_dict()
-    moved = RunSettings(projection_std=0.02, gamma_start=-0.3, bf16_weights=True)
-    model = Trainer(SMALL, moved, 0, tmp_path, CPU).model
-    scaling = "model.layers.1.self_attn.length_scaling"
-    assert not plain[f"{scaling}.gamma_weight"].any() and model.dtype == torch.bfloat16
-    assert 0.01 < model.state_dict()[f"{scaling}.gamma_weight"].std() < 0.03
-    assert (model.state_dict()[f"{scaling}.gamma_bias"] == torch.tensor(-0.3, dtype=torch.bfloat16)).all()
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -181,15 +102,158 @@ def test_a_run_learns(tmp_path: Path) -> None:
 
 
 def test_steps_that_compile_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first step without ALiBi's window and the first one with it; by a clock of the test's own."""
+    """The first step without ALiBi's window and the first one with it, by a clock of the test's own."""
     trainer = Trainer(SMALL, RunSettings(steps=6, alibi_window=8), 0, tmp_path, CPU)
     now, forms = 0.0, [False, False, True, False, True, True]
 
     def update() -> None:
         nonlocal now
-        trainer.window.narrow = forms[trainer.step]
+        trainer.perturbations.window.narrow = forms[trainer.step]
         now += 100.0 if trainer.step in (0, 2) else 1.0
 
     monkeypatch.setattr("recipes.synthetic.trainer.time.monotonic", lambda: now)
-    monkeypatch.setattr(trainer, "_update", update)
+    monkeypatch.setattr(trainer, "update", update)
     assert trainer.run() and trainer.seconds == 4.0
+
+
+def test_a_run_begins_with_the_weights_of_another(tmp_path: Path) -> None:
+    """Its summary counts the samples of both, and its training distribution is that of both."""
+    task = small("mqmtar")
+    first = trained(tmp_path / "first", replace(task, near_misses=0.5), RunSettings(steps=2, batch=8))
+    start = tmp_path / "first" / "seed3"
+    (start / "run.json").write_text(json.dumps(first.summary()))
+    settings = RunSettings(steps=1, batch=8, start_from=str(start))
+    second = Trainer(task, settings, 0, tmp_path / "second", CPU)
+    for name, value in second.model.state_dict().items():
+        assert torch.equal(value, first.model.state_dict()[name])
+    plain = Trainer(task, RunSettings(steps=1), 0, tmp_path, CPU)
+    assert not torch.equal(second.batches.data.get_state(), plain.batches.data.get_state())
+    second.run()
+    summary = second.summary()
+    assert summary["track"] == "own" and summary["samples"] == 8 and summary["started_from"]["samples"] == 16
+    assert "log" not in summary and "log" not in summary["started_from"]
+    with pytest.raises(FileNotFoundError, match="start-from expects the folder of a finished seed"):
+        Trainer(task, replace(settings, start_from=str(tmp_path)), 0, tmp_path / "third", CPU)
+    with pytest.raises(ValueError, match="was trained on mqmtar, but this run learns copy"):
+        Trainer(small("copy"), settings, 0, tmp_path / "third", CPU)
+    with pytest.raises(ValueError, match="has another method and positions than this run"):
+        Trainer(task, replace(settings, method="softmax", positions="rope"), 0, tmp_path / "third", CPU)
+    with pytest.raises(ValueError, match="has other sizes"):
+        Trainer(replace(task, hidden=32), settings, 0, tmp_path / "third", CPU)
+
+
+def test_hard_samples_are_judged_without_chance(tmp_path: Path) -> None:
+    settings = RunSettings(steps=1, batch=4, jitter=0.5, key_noise=0.5, head_drop=0.5, hard_candidates=3, hard_from=0)
+    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
+    batches = trainer.batches
+    perturb_scalings(trainer.model)
+    candidates = SMALL.test_batch(12, 64, torch.Generator().manual_seed(0))
+    judged = batches.hardness(candidates)
+    trainer.perturbations.draw(candidates, batches.data, 1.0)
+    assert judged.shape == candidates.labels.shape and not torch.allclose(trainer.losses(candidates), judged)
+    torch.testing.assert_close(batches.hardness(candidates), judged, rtol=0, atol=0)
+    states = [generator.get_state() for generator in (batches.data, batches.shapes)]
+    drawn = SMALL.training_batch(12, batches.data, batches.shapes, 0.0)
+    for generator, state in zip((batches.data, batches.shapes), states, strict=True):
+        generator.set_state(state)
+    chosen, weights = batches.next(0.0, False)
+    expected = batches.hardness(drawn).sum(dim=1).topk(4).values
+    torch.testing.assert_close(batches.hardness(chosen).sum(dim=1), expected)
+    torch.testing.assert_close(weights, torch.full(chosen.labels.shape, 1 / chosen.labels.numel()))
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_hard_samples_weigh_more(candidates: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the plateau is left, the weights follow the losses; the loss in the log is evenly weighted."""
+    settings = RunSettings(
+        steps=1, batch=4, warmup=0, hard_weight=0.75, hard_candidates=candidates, hard_from=0, log_every=1
+    )
+    trainer = Trainer(SMALL, settings, 0, tmp_path, CPU)
+    batch, weights = trainer.batches.next(0.0, False)
+    torch.testing.assert_close(weights, torch.full(batch.labels.shape, 1 / batch.labels.numel()))
+    trainer.left_plateau = LEFT
+    batch, weights = trainer.batches.next(0.0, True)
+    losses = trainer.batches.hardness(batch)
+    torch.testing.assert_close(weights, 0.25 / losses.numel() + 0.75 * losses / losses.sum())
+    one = torch.zeros_like(weights)
+    one[1, 2] = 1.0
+    expected = torch.autograd.grad(trainer.losses(batch)[1, 2], list(trainer.model.parameters()))
+    gradients: list[torch.Tensor] = []
+    monkeypatch.setattr(trainer.batches, "next", lambda progress, left: (batch, one))
+    clip = nn.utils.clip_grad_norm_
+
+    def seen(parameters: Any, limit: float) -> torch.Tensor:
+        members = list(parameters)
+        gradients.extend(each.grad.clone() for each in members)
+        return clip(members, limit)
+
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", seen)
+    trainer.run()
+    torch.testing.assert_close(gradients, list(expected))
+    assert trainer.log[0]["loss"] == pytest.approx(float(losses.sum()) / batch.labels.numel())
+    norm = torch.stack([each.norm() for each in expected]).norm()  # before it was clipped
+    assert trainer.log[0]["gradient_norm"] == pytest.approx(float(norm), rel=1e-4)
+
+
+def test_hard_samples_are_judged_with_corrupted_answers_and_kept_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = RunSettings(steps=1, batch=4, corrupt=1.0, replay=0.25, hard_candidates=2, hard_from=0)
+    batches = Trainer(SMALL, settings, 0, tmp_path, CPU).batches
+    judged: list[Batch] = []
+    hardness = batches.hardness
+    monkeypatch.setattr(batches, "hardness", lambda batch: judged.append(batch) or hardness(batch))
+    chosen, _ = batches.next(0.0, True)
+
+    def first_letters(labels: torch.Tensor) -> torch.Tensor:
+        return labels[:, :-1].unflatten(1, (-1, 3))[..., 1]
+
+    (candidates,) = judged
+    (kept,) = batches.replay.state().values()
+    stored = kept["losses"] >= 0
+    letters = candidates.answer_letters
+    assert bool(stored.any())
+    assert torch.equal(kept["inputs"][stored][:, letters], first_letters(kept["labels"][stored]))
+    for batch in (candidates, chosen):
+        assert (batch.inputs[:, letters] == first_letters(batch.labels)).float().mean() < 0.3
+
+
+def test_hard_samples_come_again_until_they_are_no_longer_hard() -> None:
+    def batch(first: int) -> Batch:
+        tokens = torch.arange(first, first + 8)[:, None].expand(8, 3)
+        return Batch(tokens, torch.tensor([2]), tokens[:, :1], torch.tensor([1]))
+
+    replay = HardReplay(0.25, 8)
+    assert replay.mix(batch(0), "3 1").inputs[:, 0].tolist() == list(range(8))
+    losses = torch.arange(8.0)
+    losses[2] = 100.0
+    replay.update(losses)
+    other = replay.mix(batch(10), "4 1")  # of other lengths, of which nothing is kept yet
+    assert other.inputs[:, 0].tolist() == list(range(10, 18))
+    mixed = replay.mix(batch(20), "3 1")
+    assert mixed.inputs[:, 0].tolist() == [20, 21, 22, 23, 24, 25, 2, 7] and mixed.labels[6, 0] == 2
+    replay.update(torch.tensor([0, 0, 0, 0, 0, 0, 50.0, 0.0]))  # the second one is solved
+    assert replay.mix(batch(30), "3 1").inputs[6:, 0].tolist() == [2, 6]
+    again = HardReplay(0.25, 8)
+    again.restore(replay.state(), CPU)
+    assert torch.equal(again.mix(batch(30), "3 1").inputs, replay.mix(batch(30), "3 1").inputs)
+    assert HardReplay(0.0, 8).mix(batch(0), "3 1").inputs is not None
+    with pytest.raises(ValueError, match="replay is a share of a batch: at least 0 and below 1"):
+        HardReplay(1.0, 8)
+    for share, batch_size in ((0.1, 8), (0.75, 1024)):
+        with pytest.raises(ValueError, match=rf"a replay of {share} of {batch_size} samples is .*expected 1 to 512"):
+            HardReplay(share, batch_size)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_on_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The paper's MQMTAR model, compiled, with the changes of training; then 65,536 tokens."""
+    runs = tmp_path / "runs"
+    everything = "--corrupt 0.5 --jitter 0.5 --hard-candidates 2 --near-misses 0.3 --one-letter 0.1 --max-queries 8"
+    for method in ("asentmax", "ssmax"):
+        train.main(f"--method {method} --steps 30 --log-every 10 --compile {everything} --out {runs}".split())
+    losses = [entry["loss"] for entry in json.loads(next(runs.rglob("log.json")).read_text())["log"]]
+    assert losses[-1] < losses[0]
+    evaluate.main(f"{runs} --multiples 1 64 1024 --samples 8 --long-samples 2 --results {tmp_path / 'results'}".split())
+    assert "at 1024x: 0.0% of 2 exact" in capsys.readouterr().out

@@ -14,9 +14,9 @@ __all__ = ["MaxRetrieval"]
 
 @dataclass(frozen=True)
 class MaxRetrieval(Task):
-    """A set of items, each a priority in [0, 1) beside a one-hot class; then one item that is all zeros, and asks.
+    """A set of items, each with a priority in [0, 1) and a one-hot class; then an item of zeros, which is the query.
 
-    The output at the last item has to be the class of the item with the largest priority. Among 4,096 items the two
+    The output at the query has to be the class of the item with the largest priority. Among 4,096 items the two
     largest are 1/4,096 apart, and bfloat16 rounds numbers near 1 to multiples of 1/256: the model computes in float32.
     """
 
@@ -25,7 +25,7 @@ class MaxRetrieval(Task):
     float32: ClassVar[bool] = True
 
     min_length: int = flag(16, "fewest items in training")
-    max_length: int = flag(16, "most items in training, and what 1x means in evaluation")
+    max_length: int = flag(16, "most items in training; 1x in evaluation")
     layers: int = flag(1, "decoder layers")
     hidden: int = flag(128, "width of the model")
     heads: int = flag(1, "attention heads")
@@ -44,7 +44,7 @@ class MaxRetrieval(Task):
 
     @property
     def features(self) -> int:
-        """Numbers that describe an item."""
+        """The number of values that describe an item."""
         return 1 + self.classes
 
     def padded_shape(self) -> tuple[int, int]:

@@ -2,17 +2,17 @@
 
 A source is a row of slots of equal length, one key/value pair in each::
 
-    k k KVSEP v v _        spaces (_) before and after it fill the slot
+    k k KVSEP v v _        spaces (_) before and after the pair fill the slot
     QSEP k k               one for each query, after the last slot
 
-and the answer is ``QSEP v v`` for each query. Keys and values are words of two letters from a pool. The paper's
-distribution is the default; everything else here (near misses, shared and swapped letters, a varying number of
-queries) changes the training data alone, never the test data.
+and the answer is ``QSEP v v`` for each query. Keys and values are words of two letters from a pool. The default is the
+paper's distribution. All other settings here (near misses, shared and swapped letters, a varying number of queries)
+change the training data only, never the test data.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
@@ -23,7 +23,7 @@ from .words import WordPool, distinct_integers, has_repeats
 
 __all__ = ["Mqmtar", "confusable", "swapped"]
 
-# The authors draw the words of each of their data sets anew. Training has one pool, tests and validation another.
+# As in the authors' code, each data set has words of its own: training has one pool, tests and validation another.
 _TRAINING_POOL, _TEST_POOL = 0, 1
 
 
@@ -37,7 +37,7 @@ def _pools(size: int, seed: int, device: torch.device) -> tuple[WordPool, WordPo
 
 @dataclass(frozen=True)
 class Mqmtar(Task):
-    """See the module's description. `length` counts the slots' tokens, rounded down to whole slots."""
+    """Multi-query multi-token associative recall. `length` counts the slots' tokens, rounded down to whole slots."""
 
     name: ClassVar[str] = "mqmtar"
     test_multiples: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16, 32, 64, 256, 1024)
@@ -46,31 +46,28 @@ class Mqmtar(Task):
     QUERY: ClassVar[int] = 2
     FIRST_LETTER: ClassVar[int] = 3
     LETTERS: ClassVar[int] = 256
-    QUERIES: ClassVar[int] = 4
+    QUERIES: ClassVar[int] = 4  # of a test sample
+    FILLED: ClassVar[float] = 0.8  # share of the length that the pairs fill
+    RAMP: ClassVar[float] = 0.6  # part of a run over which the shares of hard samples change
 
     hidden: int = flag(512, "width of the model")
     heads: int = flag(16, "attention heads")
     lr: float = flag(1e-3, "learning rate after warm-up")
     pool: int = flag(10_000, "keys, and values, that there are (at most 65,536)")
-    filled: float = flag(0.8, "share of the length that the pairs fill")
     min_queries: int = flag(4, "fewest queries of a training sample; tests always have 4")
     max_queries: int = flag(4, "most queries of a training sample")
     near_misses: float = flag(
-        0.0, "share of training samples, at the start, half of whose keys (values) share a letter"
+        0.0, "share of training samples, at the start, in which half of the keys (values) share a letter with another"
     )
-    near_misses_end: float = flag(0.0, "the same share once the ramp is over")
-    one_letter: float = flag(0.0, "share of training samples, at the start, all of whose keys (values) share a letter")
-    one_letter_end: float = flag(0.0, "the same share once the ramp is over")
-    ramp: float = flag(0.6, "part of the run over which the two shares change")
-    near_crossed: float = flag(0.0, "share of the keys' near misses whose shared letter stands in the other place")
+    near_misses_end: float = flag(0.0, f"the same share once {RAMP} of the run is over")
+    one_letter: float = flag(0.0, "share of training samples, at the start, in which all keys (values) share a letter")
+    one_letter_end: float = flag(0.0, f"the same share once {RAMP} of the run is over")
+    near_crossed: float = flag(0.0, "share of the keys' near misses whose shared letter is in the other place")
     swapped: float = flag(
-        0.0, "share of training samples in which half of the keys are the others' letters swapped, in the pool or not"
+        0.0, "share of training samples in which half of the keys are other keys with their letters swapped"
     )
-    near_in: str = flag("both", "where near misses and shared letters are put: keys, values or both")
 
     def __post_init__(self) -> None:
-        if self.near_in not in ("keys", "values", "both"):
-            raise ValueError(f"near_in must be keys, values or both, got {self.near_in!r}")
         if not 0 <= self.near_crossed <= 1:
             raise ValueError(f"near_crossed must be from 0 to 1, got {self.near_crossed}")
         if not 0 <= self.swapped <= 1:
@@ -83,11 +80,11 @@ class Mqmtar(Task):
         return self.FIRST_LETTER + self.LETTERS
 
     def fitting(self, length: int) -> int:
-        """How many pairs a source has room for."""
-        return int(length * self.filled // 6)
+        """The number of pairs that a source has room for."""
+        return int(length * self.FILLED // 6)
 
     def pairs(self, length: int) -> int:
-        """How many pairs a source holds: no more than the pool has."""
+        """The number of pairs in a source: no more than the pool has."""
         return min(self.fitting(length), self.pool)
 
     def distractors(self, length: int) -> int:
@@ -98,19 +95,13 @@ class Mqmtar(Task):
         return self.max_length + 3 * self.max_queries + 2 + answer, answer
 
     def key_starts(self, inputs: torch.Tensor) -> torch.Tensor:
-        """(batch, pairs) positions of the keys' first letters; the value's are three and four further."""
+        """(batch, pairs) positions of the keys' first letters. The value's letters are three and four tokens later."""
         return (inputs == self.KEY_VALUE).nonzero()[:, 1].view(len(inputs), -1) - 2
 
     def query_markers(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(batch, queries) positions of the markers before the queries' letters, and before the answers'."""
+        """(batch, queries) positions of the markers before the letters of each query, and of each answer."""
         asked, answered = (inputs == self.QUERY).nonzero()[:, 1].view(len(inputs), -1).chunk(2, dim=1)
         return asked, answered
-
-    def misplaced_letters(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
-        keys_end = (batch.inputs == self.KEY_VALUE).float()
-        chosen = torch.multinomial(keys_end, len(batch.question_letters), replacement=True, generator=generator)
-        other_places = chosen[..., None] - 1 - torch.arange(2, device=chosen.device)
-        return batch.inputs.gather(1, other_places.flatten(1)).view_as(other_places)
 
     def queries_right(self, right: torch.Tensor) -> torch.Tensor:
         return right[:, :-1].unflatten(1, (-1, 3))[..., 1:].all(dim=2)
@@ -120,13 +111,12 @@ class Mqmtar(Task):
         queries = integer_between(self.min_queries, self.max_queries, shapes)
         pairs = self.pairs(length)
         key_pool, value_pool = _pools(self.pool, _TRAINING_POOL, generator.device)
-        risen = min(1.0, progress / self.ramp) if self.ramp > 0 else 1.0
+        risen = min(1.0, progress / self.RAMP)
         near = self.near_misses + risen * (self.near_misses_end - self.near_misses)
         shared = self.one_letter + risen * (self.one_letter_end - self.one_letter)
-        in_keys, in_values = self.near_in != "values", self.near_in != "keys"
-        keys = confusable(key_pool, size, pairs, in_keys * near, in_keys * shared, 2, generator, self.near_crossed)
+        keys = confusable(key_pool, size, pairs, near, shared, 2, generator, self.near_crossed)
         key_words = swapped(key_pool.words[keys], self.swapped, generator)
-        values = confusable(value_pool, size, pairs, in_values * near, in_values * shared, 1, generator)
+        values = confusable(value_pool, size, pairs, near, shared, 1, generator)
         return self._assembled(key_words, value_pool.words[values], length, queries, generator)
 
     def test_batch(self, size: int, length: int, generator: torch.Generator) -> Batch:
@@ -141,12 +131,12 @@ class Mqmtar(Task):
         """Sources, queries and answers from keys and values, each (batch, pairs, 2)."""
         size, pairs, _ = keys.shape
         if pairs == 0:
-            raise ValueError(f"a length of {length} holds no pair; it takes at least {int(6 / self.filled) + 1}")
+            raise ValueError(f"a length of {length} holds no pair; it takes at least {int(6 / self.FILLED) + 1}")
         device = keys.device
         slot = length // pairs
         pair = torch.cat([keys, torch.full_like(keys[..., :1], self.KEY_VALUE), values], dim=2)
-        # As the authors' code: the pair and the space after it stand between slot - 1 and slot - 3 spaces, of which
-        # slot - 6 are kept at random.
+        # As in the authors' code: the pair and the space after it have slot - 1 spaces before them and slot - 3 after
+        # them, of which slot - 6 are kept at random.
         kept = torch.rand((size, pairs, 2 * slot - 4), generator=generator, device=device).argsort(dim=2)
         before = (kept[..., : slot - 6] < slot - 1).sum(dim=2, keepdim=True)
         slots = torch.full((size, pairs, slot), self.SPACE, dtype=torch.int64, device=device)
@@ -157,9 +147,7 @@ class Mqmtar(Task):
         answer = torch.cat([marker, values.gather(1, asked)], dim=2).flatten(1)
         source = slots.flatten(1)
         prompt = torch.cat([self._marker(self.bos, source), source, query, self._marker(self.sep, source)], dim=1)
-        batch = self._answered(prompt, answer, corruptible=torch.arange(1, 3 * queries, 3, device=device))
-        first_letters = 2 + source.shape[1] + torch.arange(0, 3 * queries, 3, device=device)
-        return replace(batch, question_letters=first_letters[:, None] + torch.arange(2, device=device))
+        return self._answered(prompt, answer, corruptible=torch.arange(1, 3 * queries, 3, device=device))
 
 
 def confusable(
@@ -172,13 +160,16 @@ def confusable(
     generator: torch.Generator,
     crossed: float = 0.0,
 ) -> torch.Tensor:
-    """(size, pairs) indices of distinct words: at random, but for the shares of the samples that are made hard.
+    """(size, pairs) indices of distinct words, at random except in the shares of the samples that are made hard.
 
     Args:
-        near: share in which half of the words share one letter with another word.
-        shared: share in which all words share one letter.
-        places: which letter may be shared: 1 the first only, 2 either.
-        crossed: share of the near misses whose shared letter stands in the other place.
+        pool: of the words.
+        size, pairs: number of samples, and of words in each.
+        near: share of the samples in which half of the words share one letter with another word.
+        shared: share of the samples in which all words share one letter.
+        places: which letter may be shared: 1 for the first only, 2 for either.
+        generator: the source of randomness, on the device of the result.
+        crossed: share of the near misses whose shared letter is in the other place.
     """
     words = distinct_integers(size, pairs, len(pool.words), generator)
     if near > 0:
@@ -195,11 +186,11 @@ def confusable(
 
 
 def swapped(words: torch.Tensor, share: float, generator: torch.Generator) -> torch.Tensor:
-    """(size, pairs, 2) words, of which the second half becomes the first half with its letters swapped.
+    """(size, pairs, 2) words. In a share of the samples the second half is the first half with its letters swapped.
 
-    So in a share of the samples, but not where a word would then stand there twice. A key of the same two letters in
-    the other order is the nearest miss that there is, and one in 65,536 keys: a model trained on 8 of them seldom meets
-    it, and one tested on 8,738 meets it in every eighth query.
+    Samples in which a word would then occur twice stay as they are. A key with the same two letters in the other order
+    is the nearest miss, and one key in 65,536: a model trained on 8 keys seldom meets it, and a model tested on 8,738
+    keys meets it in every eighth query.
     """
     if share == 0:
         return words
@@ -216,7 +207,7 @@ def _some_rows(
     generator: torch.Generator,
     codes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`alternative` in a share of the rows, but never in a row where it repeats a word (`codes`: a number for each)."""
+    """`alternative` in a share of the rows, but never where it repeats a word. `codes` numbers its words."""
     repeated = has_repeats(alternative if codes is None else codes)
     chosen = (torch.rand(words.shape[0], generator=generator, device=words.device) < share) & ~repeated
     return torch.where(chosen.view(-1, *[1] * (words.ndim - 1)), alternative, words)

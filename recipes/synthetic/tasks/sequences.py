@@ -19,7 +19,7 @@ def _integers(low: int, high: int, shape: tuple[int, ...], generator: torch.Gene
 
 @dataclass(frozen=True)
 class _Rewrite(Task):
-    """<bos> x_1 ... x_L <sep>, then L tokens made of the x_i, and <eos>."""
+    """<bos> x_1 ... x_L <sep>, then L tokens computed from the x_i, and <eos>."""
 
     letters: int = flag(32, "size of the alphabet")
 
@@ -42,7 +42,7 @@ class _Rewrite(Task):
 
 @dataclass(frozen=True)
 class Copy(_Rewrite):
-    """The same sequence again."""
+    """The answer is the source."""
 
     name: ClassVar[str] = "copy"
     layers: int = flag(2, "decoder layers")
@@ -56,7 +56,7 @@ class Copy(_Rewrite):
 
 @dataclass(frozen=True)
 class Reverse(_Rewrite):
-    """The sequence backwards."""
+    """The answer is the reversed source."""
 
     name: ClassVar[str] = "reverse"
     test_multiples: ClassVar[tuple[int, ...]] = (1, 2, 4, 8)
@@ -68,7 +68,7 @@ class Reverse(_Rewrite):
 
 @dataclass(frozen=True)
 class Sort(_Rewrite):
-    """The sequence in ascending order."""
+    """The answer is the source in ascending order."""
 
     name: ClassVar[str] = "sort"
     test_multiples: ClassVar[tuple[int, ...]] = (1, 2, 4, 8)
@@ -99,10 +99,10 @@ class Parity(Task):
 
 @dataclass(frozen=True)
 class FlipFlop(Task):
-    """<bos>, then length // 2 commands, each with a bit, of which the last, a read, has to be answered.
+    """<bos>, then length // 2 commands with a bit each. The last one is a read; its answer is the bit last written.
 
-    Bits are the tokens 0 and 1; commands are write (2), ignore (3) and read (4). The first command is a write and the
-    last a read; the others write with probability `write_probability`. The answer is the bit last written.
+    Bits are the tokens 0 and 1. Commands are write (2), ignore (3) and read (4). The first command is a write, and each
+    command between the first and the last one is a write with probability `write_probability`.
     """
 
     name: ClassVar[str] = "flip_flop"
@@ -137,7 +137,7 @@ class FlipFlop(Task):
 
 @dataclass(frozen=True)
 class TwoBack(Task):
-    """Every token's label is the token two places before it (0 for the first two); the source starts with a 0."""
+    """The label of each token is the token two places before it (0 for the first two). The source starts with a 0."""
 
     name: ClassVar[str] = "two_back"
 
@@ -157,16 +157,16 @@ class TwoBack(Task):
 
 @dataclass(frozen=True)
 class LocalCount(Task):
-    """Runs of one letter each; every token's label is its 0-based place inside of its run.
+    """Runs of one letter each. The label of each token is its 0-based place in its run.
 
-    There are length // ((max_run + 2) / 2) runs of 2 to `max_run` tokens, so that sequences are as long as `length` on
-    average only. Neighbouring runs have different letters.
+    There are length // ((max_run + 2) / 2) runs of 2 to `max_run` tokens, so `length` is the average length of a
+    sequence. Neighboring runs have different letters.
     """
 
     name: ClassVar[str] = "local_count"
 
     min_length: int = flag(64, "shortest source in training, on average")
-    max_length: int = flag(128, "longest source in training, on average, and what 1x means in evaluation")
+    max_length: int = flag(128, "longest source in training, on average; 1x in evaluation")
     letters: int = flag(16, "size of the alphabet")
     max_run: int = flag(48, "longest run")
 
@@ -183,14 +183,14 @@ class LocalCount(Task):
         return longest + 2, longest
 
     def runs(self, length: int) -> int:
-        """How many runs a source of this (average) length has."""
+        """The number of runs in a source of this (average) length."""
         return 2 * length // (self.max_run + 2)
 
     def test_batch(self, size: int, length: int, generator: torch.Generator) -> Batch:
         runs = self.runs(length)
         if runs < 1:
             raise ValueError(f"local count needs a length of at least {(self.max_run + 3) // 2}, got {length}")
-        # a letter other than its neighbour's: a step of 1 to letters - 1 around the alphabet
+        # each letter differs from its neighbor's: a step of 1 to letters - 1 around the alphabet
         steps = _integers(1, self.letters, (size, runs), generator)
         steps[:, 0] = _integers(0, self.letters, (size,), generator)
         letters = steps.cumsum(dim=1) % self.letters

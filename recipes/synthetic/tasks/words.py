@@ -26,10 +26,10 @@ def distinct_integers(size: int, count: int, upper: int | torch.Tensor, generato
         if count > upper:
             raise ValueError(f"can't draw {count} distinct integers below {upper}")
         return torch.rand((size, upper), generator=generator, device=generator.device).argsort(dim=1)[:, :count]
-    # Draw more than enough and leave out those that were drawn before: where count^2 <= upper, fewer than one in
-    # 10^15 rows have more than count + 16 repeats among 2 count + 16.
+    # Draw more than enough and leave out repeats: where count^2 <= upper, fewer than one row in 10^15 has more than
+    # count + 16 repeats among 2 count + 16 draws.
     drawn = _random_below(upper, (size, 2 * count + 16), generator)
-    # (Not by tril, which wakes all of a CPU's threads, however little there is to do.)
+    # tril would start all threads of a CPU, however small the tensor is.
     place = torch.arange(drawn.shape[1], device=drawn.device)
     earlier = ((drawn[:, :, None] == drawn[:, None, :]) & (place[:, None] > place)).any(dim=2)
     first_ones = earlier.to(torch.uint8).argsort(dim=1, stable=True)[:, :count]
@@ -77,12 +77,13 @@ class WordPool:
     def sharing_a_letter(
         self, indices: torch.Tensor, places: int, generator: torch.Generator, crossed: float = 0.0
     ) -> torch.Tensor:
-        """For each word another (or, seldom, the same) that has one of its letters, in the same place or the other.
+        """For each word another one (rarely the same) with one of its letters, in the same place or in the other.
 
         Args:
-            indices: of words, any shape.
-            places: which of them may be shared: 1 the first only, 2 either, chosen anew for each word.
-            crossed: share of the words whose letter the other word has in its other place.
+            indices: of words, of any shape.
+            places: which letter may be shared: 1 for the first only, 2 for either, drawn for each word.
+            generator: the source of randomness, on the device of the result.
+            crossed: share of the words whose letter is in the other place of the other word.
         """
         place = _random_below(places, tuple(indices.shape), generator)
         letter = self.words[indices].gather(-1, place[..., None])[..., 0] - self.first_letter
@@ -93,7 +94,7 @@ class WordPool:
         return self.by_letter[place, self.start[place, letter] + nth]
 
     def all_sharing_a_letter(self, size: int, count: int, places: int, generator: torch.Generator) -> torch.Tensor:
-        """(size, count) words, all of a row with one letter in common; too rare a letter gives repeats."""
+        """(size, count) words that share one letter in each row. A letter that is too rare gives repeats."""
         place = _random_below(places, (size, 1), generator)
         letter = _random_below(self.count.shape[1], (size, 1), generator)
         nth = distinct_integers(size, count, self.count[place, letter].clamp_min(1), generator)

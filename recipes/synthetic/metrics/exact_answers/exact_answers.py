@@ -1,4 +1,4 @@
-"""Exact answers as a metric of the `evaluate` library: load it by this folder's path, no network needed.
+"""Exact answers as a metric of the `evaluate` library. It is loaded from this folder, so no network is needed.
 
 metric = evaluate.load("recipes/synthetic/metrics/exact_answers")
 """
@@ -14,12 +14,12 @@ from recipes.synthetic.measuring import wilson_interval
 
 _DESCRIPTION = """\
 The share of answers that are right in every token, with Wilson's 95% interval, and the share of right tokens.
-A prediction that is longer or shorter than its reference is wrong; its missing tokens count as wrong ones.
+A prediction that is longer or shorter than its reference is wrong, and its missing tokens count as wrong.
 """
 
 _INPUTS = """
 Args:
-    predictions: lists of token ids, one a sample.
+    predictions: lists of token ids, one for each sample.
     references: the right lists.
 Returns:
     exact_match, interval (its lower and upper end), token_accuracy, samples.
