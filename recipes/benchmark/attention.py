@@ -1,9 +1,9 @@
 """Attention alone: the kernels against softmax attention and against another entmax kernel, on one GPU.
 
-    python recipes/benchmark/attention.py              # needs a CUDA GPU; writes attention.json beside this file
-    python recipes/benchmark/attention.py --lengths 8192 --kinds random
-    python recipes/benchmark/attention.py --seconds 120          # the cases come in the order of their weight
-    python recipes/benchmark/attention_report.py       # the plot and the table, from the JSON
+    python -m recipes.benchmark.attention              # needs a CUDA GPU; writes attention.json beside this file
+    python -m recipes.benchmark.attention --lengths 8192 --kinds random
+    python -m recipes.benchmark.attention --seconds 120          # the cases come in the order of their weight
+    python -m recipes.benchmark.attention_report       # the plot and the table, from the JSON
 
 bfloat16, causal, batch x heads x length about constant (16 x 32,768). Medians of CUDA events, peers in the same run:
 of calls from Python, launched without waiting in between, and of replays of a CUDA graph, where the host has no part.
@@ -19,7 +19,6 @@ import argparse
 import itertools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -28,8 +27,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from hf_asentmax import entmax_attention
 from hf_asentmax.mappings import entmax

@@ -1,18 +1,15 @@
 """The table and the plot of attention.json: what attention.py measured, ours beside its peers.
 
-python recipes/benchmark/attention_report.py            # writes attention.md and attention.png beside the JSON
+python -m recipes.benchmark.attention_report            # writes attention.md and attention.png beside the JSON
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from recipes.common import OTHERS, OURS, markdown_table, save_figure, short_commit
 

@@ -1,8 +1,8 @@
 """Queries, keys and values of a model trained by the synthetic recipe, at a long length, for attention.py --captured.
 
-    python recipes/synthetic/train.py --task mqmtar --steps 0 --minutes 1.5 --corrupt 0.5 --jitter 0.4 --compile
-    python recipes/benchmark/capture.py runs/synthetic/mqmtar-asentmax-nape/seed0 --length 32768 --out runs/captured.pt
-    python recipes/benchmark/attention.py --captured runs/captured.pt
+    python -m recipes.synthetic.train --task mqmtar --steps 0 --minutes 1.5 --corrupt 0.5 --jitter 0.4 --compile
+    python -m recipes.benchmark.capture runs/synthetic/mqmtar-asentmax-nape/seed0 --length 32768 --out runs/captured.pt
+    python -m recipes.benchmark.attention --captured runs/captured.pt
 
 The tensors are those of one test sample in one layer, as the attention function gets them: queries carry ASEntmax's
 scaling. The file holds query, key, value (1, heads, length, head_dim) in bfloat16 and alibi_slopes (heads,) or None.
@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from recipes.recording import recorded_attention
 from recipes.synthetic.evaluate import task_of

@@ -1,8 +1,8 @@
 """One decoding step of attention: the kernels against softmax attention on a long cache, inside CUDA graphs.
 
-    python recipes/benchmark/decode.py                 # needs a CUDA GPU; writes decode.json beside this file
-    python recipes/benchmark/decode.py --seconds 120   # the cases come in the order of their weight
-    python recipes/benchmark/decode.py --tune          # times other sizes of the kernels' programs instead
+    python -m recipes.benchmark.decode                 # needs a CUDA GPU; writes decode.json beside this file
+    python -m recipes.benchmark.decode --seconds 120   # the cases come in the order of their weight
+    python -m recipes.benchmark.decode --tune          # times other sizes of the kernels' programs instead
 
 One query a sequence, bfloat16. A graph holds calls over several caches in turn, together larger than the GPU's L2
 cache; times are a call's share of the graph's median replay. Kinds: random (iid normal), near-uniform (queries x 0.05,
@@ -16,7 +16,6 @@ import argparse
 import itertools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,8 +26,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from hf_asentmax import entmax_attention
 from hf_asentmax.mappings import entmax

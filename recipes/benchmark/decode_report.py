@@ -1,18 +1,15 @@
 """The table of decode.json: one decoding step, ours beside softmax attention.
 
-python recipes/benchmark/decode_report.py            # writes decode.md beside the JSON
+python -m recipes.benchmark.decode_report            # writes decode.md beside the JSON
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from recipes.benchmark.decode import PEERS
 from recipes.common import markdown_table, short_commit

@@ -1,7 +1,7 @@
 """Tokens a second of `generate` at a long context: ASEntmax against the same model on transformers' sdpa.
 
-    python recipes/benchmark/generate.py               # needs a CUDA GPU; writes generate.json beside this file
-    python recipes/benchmark/generate.py --small --context 300 --new 12     # tries the script without a GPU
+    python -m recipes.benchmark.generate               # needs a CUDA GPU; writes generate.json beside this file
+    python -m recipes.benchmark.generate --small --context 300 --new 12     # tries the script without a GPU
 
 `model.generate(prompt, cache_implementation="static")`, bfloat16, greedy, batch 1: transformers compiles its decoding
 steps in mode reduce-overhead (CUDA graphs). The prompt is random tokens. Weights are those of a model at its start;
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -24,8 +23,6 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 

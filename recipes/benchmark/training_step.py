@@ -1,6 +1,6 @@
 """A training step of a 124M Llama: tokens per second with ASEntmax against the same model on transformers' sdpa.
 
-    python recipes/benchmark/training_step.py            # needs a CUDA GPU; writes training_step.json beside this file
+    python -m recipes.benchmark.training_step            # needs a CUDA GPU; writes training_step.json beside this file
 
 The whole step, forward, backward and optimizer, bf16 autocast over fp32 weights. What is compiled: `layers`, each
 decoder layer (one graph serves all of them); `model`, the whole model, as torch.compile(model) does; `graphs`, the
@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from itertools import product
@@ -25,8 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 

@@ -1,7 +1,7 @@
 """Perplexity on held-out text against length, of one or more checkpoints of pretrain.py.
 
-    python recipes/pretrain/perplexity.py runs/pretrain/softmax runs/pretrain/asentmax --out runs/pretrain
-    python recipes/pretrain/perplexity.py CHECKPOINT ... --text FILE ...      on another text
+    python -m recipes.pretrain.perplexity runs/pretrain/softmax runs/pretrain/asentmax --out runs/pretrain
+    python -m recipes.pretrain.perplexity CHECKPOINT ... --text FILE ...      on another text
 
 Two numbers for each length: over all tokens of non-overlapping windows of that length; and over the same tokens for
 every length, the last ones of the longest windows, which see as much text before them as the length allows.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ import torch
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import hf_asentmax  # noqa: F401  (registers the attention)
 from recipes import common

@@ -1,12 +1,12 @@
 """Trains a small Llama-style language model on text with the attention you name, and prints its perplexity by length.
 
     sh recipes/pretrain/get_text.sh                                         the King James Bible, or use your own text
-    python recipes/pretrain/pretrain.py --text runs/text/kjv.txt --attention softmax
-    python recipes/pretrain/pretrain.py --text runs/text/kjv.txt --attention asentmax
-    python recipes/pretrain/pretrain.py --text runs/text/kjv.txt --attention softmax --positions nape
-    python recipes/pretrain/perplexity.py runs/pretrain/softmax runs/pretrain/softmax-nape runs/pretrain/asentmax
+    python -m recipes.pretrain.pretrain --text runs/text/kjv.txt --attention softmax
+    python -m recipes.pretrain.pretrain --text runs/text/kjv.txt --attention asentmax
+    python -m recipes.pretrain.pretrain --text runs/text/kjv.txt --attention softmax --positions nape
+    python -m recipes.pretrain.perplexity runs/pretrain/softmax runs/pretrain/softmax-nape runs/pretrain/asentmax
 
-    python recipes/pretrain/pretrain.py --dataset NAME --dataset-config CONFIG --bf16 ...     streams a Hub data set
+    python -m recipes.pretrain.pretrain --dataset NAME --dataset-config CONFIG --bf16 ...     streams a Hub data set
     accelerate launch recipes/pretrain/pretrain.py ...                                        several GPUs
 
 The checkpoint (model, tokenizer, training.json, held_out.txt) goes to runs/pretrain/ATTENTION. An interrupted run goes
@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 import time
 from contextlib import nullcontext
 from itertools import islice
@@ -30,8 +29,6 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import hf_asentmax
 from hf_asentmax import ASEntmaxConfig
