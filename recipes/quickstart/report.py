@@ -85,11 +85,11 @@ def figure(content: dict[str, Any], path: Path) -> None:
         common.save_figure(drawing, path)
 
 
-def main() -> None:
+def main(command: list[str] | None = None) -> None:
     """The command line; see the module's description."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="?", default=Path(__file__).with_name("results.json"))
-    path = parser.parse_args().results
+    path = parser.parse_args(command).results
     content = common.read_json(path)
     print(summary(content))
     figure(content, path.with_suffix(".png"))
