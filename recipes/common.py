@@ -76,7 +76,7 @@ def _git(*arguments: str) -> str | None:
 def launch_command() -> str:
     """The command line of this process, to be run from the repository's root: `python -m MODULE ARGUMENTS`."""
     spec = sys.modules["__main__"].__spec__
-    if spec is not None:  # started with python -m
+    if spec is not None and spec.origin == sys.argv[0]:  # started with python -m
         return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
     return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
