@@ -1,4 +1,4 @@
-"""What every recipe needs: the device, the header of a results file, tables and plots that look alike."""
+"""What all recipes share: the default device, the header of a results file, tables and figures of one style."""
 
 from __future__ import annotations
 
@@ -24,12 +24,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "OTHERS",
+    "OURS",
     "REPOSITORY",
     "cpu_name",
     "default_device",
     "format_table",
+    "launch_command",
     "length_axes",
+    "markdown_table",
     "plot_lengths",
+    "read_json",
     "results_header",
     "save_figure",
     "short_commit",
@@ -38,7 +43,8 @@ __all__ = [
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Okabe and Ito's palette, which colour-blind readers tell apart; the method that the package is about is the strong one
+# (color, marker) of ASEntmax and of the other methods, from Okabe and Ito's palette, which color-blind readers can tell
+# apart. ASEntmax has the strongest color.
 OURS = ("#d55e00", "o")
 OTHERS = (("#8c8c8c", "s"), ("#0072b2", "^"), ("#009e73", "D"), ("#cc79a7", "v"), ("#56b4e9", "P"), ("#000000", "X"))
 
@@ -67,17 +73,28 @@ def _git(*arguments: str) -> str | None:
     return run.stdout.rstrip()
 
 
-def results_header(device: torch.device, seeds: Sequence[int]) -> dict[str, Any]:
-    """What a reader needs to get the same numbers: command, seeds, device, versions, commit. Call it at the start.
+def launch_command() -> str:
+    """The command line of this process, to be run from the repository's root: `python -m MODULE ARGUMENTS`."""
+    spec = sys.modules["__main__"].__spec__
+    if spec is not None and spec.origin == sys.argv[0]:  # started with python -m
+        return shlex.join(["python", "-m", spec.name.removesuffix(".__main__"), *sys.argv[1:]])
+    return shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
 
-    `uncommitted` lists changed files of the library and the recipes; empty means that the commit is what ran.
+
+def results_header(device: torch.device, seeds: Sequence[int]) -> dict[str, Any]:
+    """What a reader needs to reproduce the numbers. Call it before the work starts, since the files may change later.
+
+    Args:
+        device: where the work runs.
+        seeds: of all runs in the file.
+
+    Returns:
+        `command`, `date`, `seeds`, `device`, `versions`, `commit`, and `uncommitted`: the files of the library and the
+        recipes that differed from the commit. An empty list means that the commit is what ran.
     """
     changed = _git("status", "--porcelain", "--untracked-files=all", "--", "hf_asentmax", "recipes")
-    script = Path(sys.argv[0])
-    if script.is_absolute() and script.is_relative_to(REPOSITORY):
-        script = script.relative_to(REPOSITORY)
     return {
-        "command": shlex.join(["python", str(script), *sys.argv[1:]]),
+        "command": launch_command(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seeds": list(seeds),
         "device": {
@@ -97,12 +114,18 @@ def results_header(device: torch.device, seeds: Sequence[int]) -> dict[str, Any]
 
 
 def short_commit(commit: str | None) -> str:
-    """A commit's first characters, for tables; what says more than one commit is left as it is."""
+    """The first ten characters of a full commit hash; any other text is returned as it is."""
     return commit[:10] if commit and re.fullmatch("[0-9a-f]{40}", commit) else str(commit)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a results file."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write `content` to `path`, making its folder."""
+    """Write `content` to `path`. The folder is created if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -125,7 +148,15 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def length_axes(train_length: int, lengths: Sequence[int], panels: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of panels whose x axis is the length in tokens, doubling; the lengths seen in training are shaded."""
+    """A figure with one or more panels over the sequence length, on a logarithmic axis.
+
+    The lengths that training covers are shaded. Font sizes follow matplotlib's `font.size`.
+
+    Args:
+        train_length: the longest sequence in training, in tokens.
+        lengths: the ticks of the axis, ascending.
+        panels: how many panels stand side by side.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -142,9 +173,15 @@ def length_axes(train_length: int, lengths: Sequence[int], panels: int = 1) -> t
         axes.set_xlim(left, right)
         axes.axvspan(left, train_length, color="#000000", alpha=0.05, linewidth=0)
         axes.text(
-            left * 1.06, 0.5, "trained", transform=axes.get_xaxis_transform(), va="center", rotation=90, fontsize=8,
+            left * 1.06,
+            0.5,
+            "trained",
+            transform=axes.get_xaxis_transform(),
+            va="center",
+            rotation=90,
+            fontsize="small",
             color="#666666",
-        )  # fmt: skip
+        )
         axes.set_xlabel("length in tokens (times the training length)")
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.8)
         axes.set_axisbelow(True)
@@ -153,26 +190,25 @@ def length_axes(train_length: int, lengths: Sequence[int], panels: int = 1) -> t
 
 
 def plot_lengths(axes: Axes, curves: Mapping[str, Sequence[Sequence[float]]], lengths: Sequence[int]) -> None:
-    """One line per method through the mean over its seeds, with a dot for every seed where there are several.
+    """Draws one line for each method: the mean over its seeds, with a dot for every seed where there are several.
 
     Args:
         axes: from `length_axes`.
-        curves: method -> one sequence of values (one per length) for each seed.
-        lengths: the x values.
+        curves: for each method, one sequence of values (one for each length) for each seed.
+        lengths: the x values, in tokens.
     """
     others = cycle(OTHERS)
     for name, runs in curves.items():
-        colour, marker = OURS if name == "ASEntmax + NAPE" else next(others)
+        color, marker = OURS if name == "ASEntmax + NAPE" else next(others)
         mean = [sum(values) / len(runs) for values in zip(*runs, strict=True)]
-        axes.plot(lengths, mean, color=colour, marker=marker, markersize=5.5, linewidth=2.0, label=name)
+        axes.plot(lengths, mean, color=color, marker=marker, markersize=6.5, linewidth=2.4, label=name)
         if len(runs) > 1:
             for run in runs:
-                axes.plot(lengths, run, color=colour, marker=marker, markersize=3, linewidth=0, alpha=0.5)
-    axes.legend(frameon=False, fontsize=9)
+                axes.plot(lengths, run, color=color, marker=marker, markersize=3.5, linewidth=0, alpha=0.5)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write the figure as PNG, making its folder."""
+    """Write the figure as a PNG file. The folder is created if it does not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     figure.savefig(path)

@@ -1,4 +1,4 @@
-"""What the plugin's models hand to their attention: every recipe that looks at queries and keys reads it here."""
+"""Records the queries, keys and values that the layers of a model pass to `entmax_attention`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ __all__ = ["AttentionCall", "recorded_attention"]
 
 
 class AttentionCall(NamedTuple):
-    """One call of `entmax_attention`: queries carry their length scaling and, like keys, their rotary positions."""
+    """The arguments of one call of `entmax_attention`.
+
+    Queries carry their length scaling. Queries and keys carry their rotary positions, where the model has them.
+
+    Attributes:
+        query: (batch, heads, length, head_dim).
+        key: (batch, kv_heads, kv_len, head_dim).
+        value: like `key`.
+        options: the call's keyword arguments.
+    """
 
     query: torch.Tensor
     key: torch.Tensor
@@ -24,14 +33,14 @@ class AttentionCall(NamedTuple):
 
     @property
     def slopes(self) -> torch.Tensor:
-        """(heads,) ALiBi slopes, 0 for a head without."""
+        """(heads,) ALiBi slopes. A head without ALiBi has slope 0."""
         slopes: torch.Tensor | None = self.options.get("alibi_slopes")
         return self.query.new_zeros(self.query.shape[1]) if slopes is None else slopes
 
 
 @contextmanager
 def recorded_attention() -> Iterator[list[AttentionCall]]:
-    """The calls that models make while the context is open, one a layer and forward pass."""
+    """Yields a list to which each layer's call is added while the context is open."""
     calls: list[AttentionCall] = []
 
     def recording(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:

@@ -1,13 +1,16 @@
-"""Tokens a second of `generate` at a long context: ASEntmax against the same model on transformers' sdpa.
+"""Times `generate` after a long prompt with ASEntmax beside the same model on transformers' SDPA.
 
-    python recipes/benchmark/generate.py               # needs a CUDA GPU; writes generate.json beside this file
-    python recipes/benchmark/generate.py --small --context 300 --new 12     # tries the script without a GPU
+    python -m recipes.benchmark.generate               needs a CUDA GPU; writes generate.json beside this file
+    python -m recipes.benchmark.generate --sizes tiny --context 300 --new 12        tries the script without a GPU
 
-`model.generate(prompt, cache_implementation="static")`, bfloat16, greedy, batch 1: transformers compiles its decoding
-steps in mode reduce-overhead (CUDA graphs). The prompt is random tokens. Weights are those of a model at its start;
---sharpen multiplies query projections, so that supports are about as small as in a trained model. prompt_ms is the time
-to the first token, step_ms the wall clock of each further one, gpu_ms what the GPU works in a step (pauses below 10 us
-between kernels counted in): the rest of step_ms is the host's.
+The call is `model.generate(prompt, cache_implementation="static")`, greedy, in bfloat16, with one sequence.
+transformers then compiles the decoding steps in mode reduce-overhead, that is into CUDA graphs. The prompt consists of
+random tokens, and the weights are those of an untrained model. --sharpen multiplies the query projections: 16 makes
+supports about as small as in a trained model.
+
+    prompt_ms    the time to the first token
+    step_ms      the wall-clock time of each further token
+    gpu_ms       the part of it in which the GPU works, pauses of less than 10 us between kernels included
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -23,60 +25,22 @@ from typing import Any
 
 import torch
 from torch.autograd import DeviceType
-from tqdm import tqdm
+from tqdm.auto import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
-
-import hf_asentmax  # noqa: F401  (registers the presets)
-from recipes.common import results_header, write_json
+from recipes.benchmark.models import METHODS, SIZES, build, sharpen
+from recipes.common import default_device, results_header, write_json
 
 ROUNDS = 3  # each measures all methods in turn
-SETTLING = 4  # first tokens that aren't measured
-GPU_STEPS = 5  # steps whose time on the GPU is measured
-PAUSE_US = 10.0  # a longer one between two kernels is the host's
-KERNELS = 12  # of a step, those that take most of it, stand in the results
-SIZES: dict[str, dict[str, Any]] = {
-    "124M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2048},
-    "1B": {
-        "hidden_size": 2048,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 8192,
-    },
-}
-SMALL: dict[str, Any] = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 128,
-}
-METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
-    "softmax, RoPE (sdpa)": ("sdpa", None),
-    "ASEntmax, RoPE": ("asentmax", {}),
-    "ASEntmax, NAPE": ("asentmax", {"positions": "nape"}),
-}
-
-
-def build(
-    implementation: str, flags: dict[str, Any] | None, size: dict[str, Any], length: int, device: str = "cpu"
-) -> PreTrainedModel:
-    """A Llama of a size, bfloat16."""
-    config = LlamaConfig(
-        vocab_size=32_000, max_position_embeddings=length, tie_word_embeddings=True, eos_token_id=None, **size
-    )
-    if flags is not None:
-        config.asentmax = flags
-    torch.manual_seed(0)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=implementation, dtype=torch.bfloat16).eval()
+SETTLING = 4  # first tokens, which are not measured
+GPU_STEPS = 5  # tokens whose kernels are recorded
+PAUSE_US = 10.0  # in a longer pause between two kernels the GPU waits for Python
+KERNELS = 12  # how many of a step's kernels the results list
+COMPARED = list(METHODS)[:3]
 
 
 class Stamps(LogitsProcessor):
-    """Reads the clock at every token, and lets the profiler look at a few of them; leaves the scores alone."""
+    """Notes the time of every token, and profiles some of them. It returns the scores as they are."""
 
     def __init__(self, profiled: range = range(0)) -> None:
         self.times: list[float] = []
@@ -85,7 +49,7 @@ class Stamps(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if not self.times and scores.is_cuda:
-            torch.cuda.synchronize()  # the prompt's end; later steps wait for the GPU by themselves
+            torch.cuda.synchronize()  # the end of the prompt; later steps wait for the GPU by themselves
         if len(self.times) == self._profiled.start < self._profiled.stop:
             activities = [torch.profiler.ProfilerActivity.CUDA]
             self.profiler = torch.profiler.profile(activities=activities, acc_events=True)
@@ -97,23 +61,18 @@ class Stamps(LogitsProcessor):
 
 
 class Generation:
-    """Greedy generation from one prompt with one model."""
+    """Greedy generation from one prompt with one model, which is compiled by the first run."""
 
     def __init__(self, model: PreTrainedModel, context: int, new: int) -> None:
-        self._model, self._new = model, new
+        self.model, self._new = model, new
         self._prompt = torch.randint(
             model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(0)
         ).to(model.device)
 
-    def sharpen(self, factor: float) -> None:
-        """Multiplies the query projections, in place: what is compiled stays."""
-        for layer in self._model.model.layers:
-            layer.self_attn.q_proj.weight.mul_(factor)
-
     def run(self, stamps: Stamps) -> float:
-        """All new tokens; seconds to the first one."""
+        """Generates all new tokens. Returns the seconds to the first one."""
         start = time.perf_counter()
-        generate: Any = self._model.generate
+        generate: Any = self.model.generate
         generate(
             self._prompt,
             attention_mask=torch.ones_like(self._prompt),
@@ -125,14 +84,14 @@ class Generation:
         return stamps.times[0] - start
 
     def seconds(self) -> tuple[float, float]:
-        """Seconds to the first token, and the median of those between the further ones."""
+        """(seconds to the first token, median seconds for each further one)"""
         stamps = Stamps()
         first = self.run(stamps)
         return first, statistics.median(end - begin for begin, end in itertools.pairwise(stamps.times[SETTLING:]))
 
     def on_gpu(self, steps: int) -> dict[str, Any]:
-        """What the GPU does in a step: the time that it works, and the kernels' own times by name."""
-        if self._model.device.type != "cuda":
+        """The time that the GPU works for a token, the number of kernels, and the kernels that take most of it."""
+        if self.model.device.type != "cuda":
             return {"gpu_ms": None, "kernels": []}
         stamps = Stamps(range(SETTLING, SETTLING + steps))
         self.run(stamps)
@@ -152,7 +111,7 @@ class Generation:
 
 
 def _worked_us(spans: list[tuple[float, float]]) -> float:
-    """How long of the time some span covers, or a pause too short to be the host's."""
+    """The time that the spans cover, together with the pauses between them of at most PAUSE_US."""
     total, until = 0.0, None
     for start, end in sorted(spans):
         begin = start if until is None or start - until > PAUSE_US else until
@@ -161,24 +120,24 @@ def _worked_us(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-def prepare(size: dict[str, Any], context: int, new: int, device: str) -> dict[str, Generation]:
-    """Every method's model, its decoding compiled."""
+def prepare(size: str, context: int, new: int, device: torch.device) -> dict[str, Generation]:
+    """A compiled model for each method."""
     torch._dynamo.reset()
     generations = {}
-    for method, (implementation, flags) in tqdm(METHODS.items(), desc="compiling", unit="model", leave=False):
-        generations[method] = Generation(build(implementation, flags, size, context + new, device), context, new)
+    for method in tqdm(COMPARED, desc="compiling", unit="model", leave=False):
+        model = build(method, size, context + new, torch.bfloat16, device.type).eval()
+        generations[method] = Generation(model, context, new)
         generations[method].seconds()
     return generations
 
 
 def compare(generations: dict[str, Generation]) -> list[dict[str, Any]]:
-    """All methods, a round each in turn, so that what else the host does meets all of them."""
+    """Times all methods in turn, ROUNDS times, so that other work of the machine meets all of them alike."""
     rounds = [{name: generation.seconds() for name, generation in generations.items()} for _ in range(ROUNDS)]
-    reference, *_ = METHODS
     rows = []
     for method, generation in generations.items():
         prompts, steps = zip(*(seconds[method] for seconds in rounds), strict=True)
-        ratios = [seconds[reference][1] / seconds[method][1] for seconds in rounds]
+        ratios = [seconds[COMPARED[0]][1] / seconds[method][1] for seconds in rounds]
         rows.append(
             {
                 "method": method,
@@ -194,49 +153,54 @@ def compare(generations: dict[str, Generation]) -> list[dict[str, Any]]:
     return rows
 
 
-@torch.no_grad()
-def main() -> None:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; see the module's description."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--context", type=int, nargs="+", default=[32768])
-    parser.add_argument("--new", type=int, default=64, help=f"tokens in each of {ROUNDS} rounds")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["124M", "1B"])
+    parser.add_argument("--context", type=int, nargs="+", default=[32768], help="tokens of the prompt (default 32768)")
+    parser.add_argument("--new", type=int, default=64, help=f"tokens in each of {ROUNDS} rounds (default 64)")
     parser.add_argument("--sharpen", type=float, nargs="+", default=[16.0, 1.0], help="factors on query projections")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to try the script without a GPU")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no new case after so long")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("generate.json"))
-    arguments = parser.parse_args()
-    if arguments.new < SETTLING + GPU_STEPS + 2:
-        parser.error(f"--new must be at least {SETTLING + GPU_STEPS + 2}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not arguments.small:
-        parser.error("no CUDA GPU here; add --small --context 300 --new 12 to try the script (its times mean nothing)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so long")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("generate.json"))
+    parsed = parser.parse_args(arguments)
+    if parsed.new < SETTLING + GPU_STEPS + 2:
+        parser.error(f"--new must be at least {SETTLING + GPU_STEPS + 2}, got {parsed.new}")
+    if parsed.sizes != ["tiny"] and not torch.cuda.is_available():
+        parser.error("expected a CUDA GPU, found none: add --sizes tiny --context 300 --new 12 to try the script")
+    return parsed
+
+
+@torch.no_grad()
+def main(command: list[str] | None = None) -> None:
+    """Runs the benchmark; see the module's description."""
+    arguments = parse_arguments(command)
+    device = default_device()
     torch.set_float32_matmul_precision("high")
     started = time.perf_counter()
-    header = results_header(torch.device(device), [0])
+    header = results_header(device, [0])
     rows: list[dict[str, Any]] = []
-    for name, context in itertools.product(arguments.sizes, arguments.context):
+    cases = list(itertools.product(arguments.sizes, arguments.context))
+    bar = tqdm(total=len(cases) * len(arguments.sharpen), desc="generating", unit="case", dynamic_ncols=True)
+    for size, context in cases:
         generations: dict[str, Generation] = {}
         before = 1.0
-        for sharpen in arguments.sharpen:
+        for factor in arguments.sharpen:
             if time.perf_counter() - started > arguments.seconds:
-                print("out of time")
+                tqdm.write(f"stopped after {arguments.seconds:g} s")
                 return
-            generations = generations or prepare(
-                SMALL if arguments.small else SIZES[name], context, arguments.new, device
-            )
+            generations = generations or prepare(size, context, arguments.new, device)
             for generation in generations.values():
-                generation.sharpen(sharpen / before)
-            before = sharpen
+                sharpen(generation.model, factor / before)
+            before = factor
             for row in compare(generations):
-                rows.append({"size": name, "context": context, "sharpen": sharpen, **row})
-                print({name: value for name, value in rows[-1].items() if name != "kernels"}, flush=True)
-                for kernel in row["kernels"]:
-                    print("   {us:8.1f} us in {calls:3} calls: {name}".format(**kernel), flush=True)
-            write_json(arguments.output, {**header, "rows": rows})
+                rows.append({"size": size, "context": context, "sharpen": factor, **row})
+                tqdm.write(str({name: value for name, value in rows[-1].items() if name != "kernels"}))
+            write_json(arguments.out, {**header, "rows": rows})
+            bar.update()
         generations.clear()
-        if device == "cuda":
+        if device.type == "cuda":
             torch.cuda.empty_cache()
+    bar.close()
 
 
 if __name__ == "__main__":

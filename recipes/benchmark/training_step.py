@@ -1,23 +1,26 @@
-"""A training step of a 124M Llama: tokens per second with ASEntmax against the same model on transformers' sdpa.
+"""Times a training step of a 124M Llama with ASEntmax beside the same model on transformers' SDPA.
 
-    python recipes/benchmark/training_step.py            # needs a CUDA GPU; writes training_step.json beside this file
+    python -m recipes.benchmark.training_step            needs a CUDA GPU; writes training_step.json beside this file
+    python -m recipes.benchmark.training_step --size tiny --lengths 64 --steps 1        tries the script without a GPU
 
-The whole step, forward, backward and optimizer, bf16 autocast over fp32 weights. What is compiled: `layers`, each
-decoder layer (one graph serves all of them); `model`, the whole model, as torch.compile(model) does; `graphs`, the
-same into CUDA graphs (mode="reduce-overhead"): at few tokens a step the host is slower than the GPU otherwise. In a
-compiled model transformers gives sdpa a mask over all pairs of tokens (with torch 2.11 and transformers 5.17 also
-where it is given a cache, or sees no packed sequences), which makes sdpa's kernels three times slower: compare the
-rows of ours with those of sdpa's layers as well. Scores are those of a model at its start (nearly equal:
-entmax's supports are at their largest) and of query projections multiplied by --sharpen (supports as small as in a
-trained model). After --seconds, no further row is begun.
+A step is forward, backward and optimizer at batch 1, with bf16 autocast over float32 weights. --compile says how:
+
+    layers    each decoder layer is compiled; one compiled graph serves all of them
+    model     the whole model is compiled, as by torch.compile(model)
+    graphs    the whole model is compiled into CUDA graphs, by torch.compile(model, mode="reduce-overhead"); with few
+              tokens a step, Python is slower than the GPU in the other two
+
+In a model that is compiled whole, transformers gives SDPA a mask over all pairs of tokens, which makes SDPA's kernels
+three times slower. Compare ours with SDPA's rows of compiled layers as well.
+
+--sharpen multiplies the query projections: 1 leaves the scores of an untrained model, which are nearly equal and give
+entmax its largest supports; 16 makes supports about as small as in a trained model.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from itertools import product
@@ -25,142 +28,108 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
-
-import hf_asentmax  # noqa: F401  (registers the presets)
-from recipes.common import results_header
+from recipes.benchmark.models import METHODS, SIZES, build, sharpen
+from recipes.common import default_device, results_header, write_json
 
 COMPILED = ("layers", "model", "graphs")
-METHODS: dict[str, tuple[str, dict[str, Any] | None]] = {
-    "softmax, RoPE (sdpa)": ("sdpa", None),
-    "ASEntmax, RoPE": ("asentmax", {}),
-    "ASEntmax, NAPE": ("asentmax", {"positions": "nape"}),
-    "entmax, NAPE": ("entmax", {"positions": "nape"}),
-}
 WARM_UP = 2
 
 
-def build(implementation: str, flags: dict[str, Any] | None, length: int, small: bool) -> PreTrainedModel:
-    """GPT-2's size in Llama's form: 12 layers of 768, 12 heads of 64."""
-    size: dict[str, Any] = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 128,
-    }
-    if not small:
-        size = {
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "intermediate_size": 2048,
-        }
-    config = LlamaConfig(vocab_size=32_000, max_position_embeddings=length, tie_word_embeddings=True, **size)
-    if flags is not None:
-        config.asentmax = flags
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
-
-
-def sharpen(model: PreTrainedModel, factor: float) -> None:
-    """Multiplies the query projections."""
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.self_attn.q_proj.weight.mul_(factor)
-
-
 def compile_parts(model: PreTrainedModel, parts: str) -> None:
-    """Compile in place what `parts`, one of COMPILED, says."""
+    """Compiles in place what `parts`, one of COMPILED, says."""
     for part in model.model.layers if parts == "layers" else [model]:
         part.compile(dynamic=False, mode="reduce-overhead" if parts == "graphs" else "default")
 
 
-def median_step_seconds(model: PreTrainedModel, length: int, device: str, steps: int) -> tuple[float, float]:
-    """(median seconds of a step after warm-up, peak memory in GiB) at batch 1."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device == "cuda")
+def median_step_seconds(model: PreTrainedModel, length: int, device: torch.device, steps: int) -> tuple[float, float]:
+    """(median seconds of a step after the warm-up, peak memory in GiB) at batch 1."""
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=on_gpu)
     generator = torch.Generator().manual_seed(0)
     seconds = []
     for step in range(steps + WARM_UP):
-        ids = torch.randint(0, 32_000, (1, length), generator=generator).to(device)
-        if device == "cuda":
+        ids = torch.randint(0, model.config.vocab_size, (1, length), generator=generator).to(device)
+        if on_gpu:
             torch.cuda.synchronize()
-        if step == WARM_UP and device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+            if step == WARM_UP:
+                torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if device == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
         if step >= WARM_UP:
             seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else 0.0
-    return statistics.median(seconds), peak
+    return statistics.median(seconds), torch.cuda.max_memory_allocated() / 2**30 if on_gpu else 0.0
 
 
 def measured(
-    methods: list[str], lengths: list[int], factors: list[float], steps: int, device: str, small: bool, parts: list[str]
+    length: int, compiled: str, method: str, arguments: argparse.Namespace, device: torch.device
 ) -> Iterator[dict[str, Any]]:
-    """A row for each length, compiled part, method and factor."""
-    reference: dict[tuple[int, str, float], float] = {}
-    for length, compiled, method in product(lengths, parts, methods):
-        torch._dynamo.reset()
-        model = build(*METHODS[method], length, small)
-        model.to(device).train()  # type: ignore[arg-type]  # transformers wraps Module.to
-        if device == "cuda":
-            compile_parts(model, compiled)
-        sharpened = 1.0
-        for factor in factors:
-            sharpen(model, factor / sharpened)
-            sharpened = factor
-            seconds, peak = median_step_seconds(model, length, device, steps)
-            yield {
-                "length": length,
-                "sharpen": factor,
-                "method": method,
-                "compiled": compiled,
-                "step_ms": round(1e3 * seconds, 2),
-                "tokens_per_second": round(length / seconds),
-                "times_faster_than_sdpa": round(reference.setdefault((length, compiled, factor), seconds) / seconds, 3),
-                "peak_gib": round(peak, 2),
-            }
-        del model
+    """A row for each factor on the query projections, without the comparison."""
+    torch._dynamo.reset()
+    model = build(method, arguments.size, length)
+    model.to(device).train()  # type: ignore[arg-type]  # transformers wraps Module.to
+    if device.type == "cuda":
+        compile_parts(model, compiled)
+    before = 1.0
+    for factor in arguments.sharpen:
+        sharpen(model, factor / before)
+        before = factor
+        seconds, peak = median_step_seconds(model, length, device, arguments.steps)
+        yield {
+            "length": length,
+            "sharpen": factor,
+            "method": method,
+            "compiled": compiled,
+            "step_ms": round(1e3 * seconds, 2),
+            "tokens_per_second": round(length / seconds),
+            "peak_gib": round(peak, 2),
+        }
 
 
-def main() -> None:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; see the module's description."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768], help="tokens in the (one) sequence")
-    parser.add_argument(
-        "--sharpen", type=float, nargs="+", default=[16.0, 1.0], help="factors on the query projections"
-    )
-    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS)[:3], help="sdpa comes first")
-    parser.add_argument("--compile", choices=COMPILED, nargs="+", default=list(COMPILED), help="what is compiled")
-    parser.add_argument("--steps", type=int, default=5, help=f"measured steps, after {WARM_UP} of warm-up")
-    parser.add_argument("--seconds", type=float, default=600.0, help="begin no further row after so long")
-    parser.add_argument("--small", action="store_true", help="a tiny model, to try the script without a GPU")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768], help="tokens in the one sequence")
+    parser.add_argument("--size", choices=SIZES, default="124M", help="of the model (default 124M)")
+    parser.add_argument("--sharpen", type=float, nargs="+", default=[16.0, 1.0], help="factors on query projections")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS)[:3], help="SDPA comes first")
+    parser.add_argument("--compile", choices=COMPILED, nargs="+", default=list(COMPILED), help="on a GPU")
+    parser.add_argument("--steps", type=int, default=5, help=f"measured, after {WARM_UP} of warm-up (default 5)")
+    parser.add_argument("--seconds", type=float, default=600.0, help="begin no row after so long (default 600)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not arguments.small:
-        parser.error("no CUDA GPU here; add --small --lengths 64 to try the script (its times mean nothing)")
+    parsed = parser.parse_args(arguments)
+    if parsed.size != "tiny" and not torch.cuda.is_available():
+        parser.error("expected a CUDA GPU, found none: add --size tiny --lengths 64 to try the script")
+    return parsed
+
+
+def main(command: list[str] | None = None) -> None:
+    """Runs the benchmark; see the module's description."""
+    arguments = parse_arguments(command)
+    device = default_device()
     torch.set_float32_matmul_precision("high")
-    header = results_header(torch.device(device), [0])
-    rows = []
-    begin = time.perf_counter()
-    settings = (arguments.lengths, arguments.sharpen, arguments.steps, device, arguments.small, arguments.compile)
-    for row in measured(arguments.methods, *settings):
-        rows.append(row)
-        print(row, flush=True)
-        arguments.out.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
-        if time.perf_counter() - begin > arguments.seconds:
-            print(f"stopped after {arguments.seconds:g} s")
-            break
+    header = results_header(device, [0])
+    rows: list[dict[str, Any]] = []
+    first: dict[tuple[int, str, float], float] = {}  # the first method's times
+    started = time.perf_counter()
+    cases = list(product(arguments.lengths, arguments.compile, arguments.methods))
+    for length, compiled, method in tqdm(cases, desc="training", unit="model", dynamic_ncols=True):
+        for row in measured(length, compiled, method, arguments, device):
+            reference = first.setdefault((length, compiled, row["sharpen"]), row["step_ms"])
+            rows.append({**row, "times_faster_than_sdpa": round(reference / row["step_ms"], 3)})
+            tqdm.write(str(rows[-1]))
+            write_json(arguments.out, {**header, "rows": rows})
+            if time.perf_counter() - started > arguments.seconds:
+                tqdm.write(f"stopped after {arguments.seconds:g} s")
+                return
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Text to blocks of tokens: files or a streamed Hub data set, a byte-level BPE tokenizer, packing."""
+"""Turns text into blocks of tokens: reads files or a streamed data set, trains a byte-level BPE tokenizer, packs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def split_file(path: Path, held_out: float) -> tuple[str, str]:
-    """A file's text for training, and its last share `held_out` for evaluation, cut at a line.
+    """Splits a file at the end of a line into the text to train on and the last part, a share `held_out`, to test on.
 
     Raises:
-        ValueError: an empty file.
+        ValueError: the file is empty.
     """
     text = path.read_text(encoding="utf-8", errors="replace")
     if not text.strip():
-        raise ValueError(f"{path} has no text")
+        raise ValueError(f"{path} has no text: give a file with text")
     cut = int(len(text) * (1.0 - held_out))
     line_end = text.find("\n", cut)
     cut = cut if line_end < 0 else line_end + 1
@@ -31,7 +31,13 @@ def split_file(path: Path, held_out: float) -> tuple[str, str]:
 
 
 def stream_hub(name: str, config: str | None, column: str) -> Callable[[], Iterator[str]]:
-    """The texts of a Hub data set's train split (or of a folder of data files), streamed, anew at each call."""
+    """A function that streams the texts of a data set from its start.
+
+    Args:
+        name: of a data set on the Hub, of which the train split is read, or a folder of data files.
+        config: of the data set, if it has several.
+        column: that holds the text.
+    """
     from datasets import load_dataset
 
     rows: Any = load_dataset(name, config, split="train", streaming=True)
@@ -39,7 +45,7 @@ def stream_hub(name: str, config: str | None, column: str) -> Callable[[], Itera
     def texts() -> Iterator[str]:
         for row in rows:
             if column not in row:
-                raise ValueError(f"{name} has no column {column!r}; it has {', '.join(row)} (--dataset-column)")
+                raise ValueError(f"{name} has no column {column!r}: give --dataset-column one of {', '.join(row)}")
             if row[column]:
                 yield row[column]
 
@@ -47,7 +53,7 @@ def stream_hub(name: str, config: str | None, column: str) -> Callable[[], Itera
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text can be written in it, and none of it is unknown."""
+    """Trains a byte-level BPE, which can write any text without unknown tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,10 +75,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
 
 
 def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """All texts in one row of tokens, (tokens,) int64, an end-of-text token after each."""
+    """All texts as one sequence, (tokens,) int64, with an end-of-text token after each."""
     tokens: list[int] = []
     for text in texts:
-        # a million characters at a time, cut at lines: one call on a whole book warns and takes much memory
+        # a million characters at a time, cut at lines: one call on a whole book takes much memory
         lines, size = [], 0
         for line in text.splitlines(keepends=True):
             lines.append(line)
@@ -86,28 +92,28 @@ def tokenize(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> torch.
 
 
 def packed(tokens: torch.Tensor, length: int) -> torch.Tensor:
-    """Tokens cut into full blocks of `length`, (blocks, length); what is left over is dropped.
+    """Cuts tokens into full blocks, (blocks, length). The rest is dropped.
 
     Raises:
-        ValueError: less than one block.
+        ValueError: there are fewer tokens than one block needs.
     """
     count = len(tokens) // length
     if count == 0:
-        raise ValueError(f"the text has {len(tokens)} tokens, and one block needs {length}: give more text")
+        raise ValueError(f"expected at least one block of {length} tokens, the text has {len(tokens)}: give more text")
     return tokens[: count * length].view(count, length)
 
 
 def text_blocks(tokens: torch.Tensor, length: int) -> Dataset[Any]:
-    """Blocks in memory, for a shuffling DataLoader."""
+    """Blocks in memory, which a DataLoader can shuffle."""
     return TensorDataset(packed(tokens, length))
 
 
 class StreamedBlocks(IterableDataset[Any]):
-    """Blocks of `length` tokens packed from a stream of texts while they come, over and over.
+    """Blocks of tokens, packed from a stream of texts. At its end the stream starts again.
 
     Args:
-        texts: gives the stream, anew at each call.
-        tokenizer: of the texts.
+        texts: a function that streams the texts from their start.
+        tokenizer: turns them into tokens.
         length: tokens in a block.
         skip: how many texts at the start are held out.
     """
@@ -128,4 +134,6 @@ class StreamedBlocks(IterableDataset[Any]):
                     yield (rest[: self.length],)
                     rest = rest[self.length :]
             if empty:
-                raise ValueError(f"the data set has no more than the {self.skip} texts that are held out")
+                raise ValueError(
+                    f"the data set has only the {self.skip} texts that are held out: lower --held-out-texts"
+                )

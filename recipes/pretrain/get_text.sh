@@ -1,18 +1,18 @@
 #!/bin/sh
-# The King James Bible as plain text (4 MB, public domain), from two Debian packages, without root.
+# Writes the King James Bible as plain text (4 MB, public domain). It comes from two Debian packages and needs no root.
 #
 #     sh recipes/pretrain/get_text.sh [FOLDER]        writes FOLDER/kjv.txt, default runs/text
 #
-# Needs a Debian or Ubuntu system. Elsewhere give pretrain.py any text files of your own, or --dataset.
+# This needs a Debian or Ubuntu system. Elsewhere give pretrain.py text files of your own, or --dataset.
 set -eu
 folder=${1:-runs/text}
 mkdir -p "$folder"
 cd "$folder"
-# apt-get may warn that it downloads unsandboxed: that is only about its own user
+# apt-get may warn that the download is not sandboxed, which does no harm
 apt-get download bible-kjv bible-kjv-text
 for package in bible-kjv*.deb; do dpkg -x "$package" packages; done
 packages/usr/bin/bible -f -p packages/usr/lib gen1:1-rev22:21 > verses
-# "Gen1:1 In the beginning": the reference goes, and a new chapter starts a new paragraph
+# "Gen1:1 In the beginning": drop the reference, and start a new paragraph with each chapter
 awk '{ split($1, at, ":"); if (NR > 1 && at[1] != chapter) print ""; chapter = at[1]; $1 = ""; print substr($0, 2) }' \
     verses > kjv.txt
 rm -r packages verses bible-kjv*.deb

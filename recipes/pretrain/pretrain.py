@@ -1,64 +1,64 @@
-"""Trains a small Llama-style language model on text with the attention you name, and prints its perplexity by length.
+"""Trains a small Llama-style language model on text with the attention that you name, and prints its perplexity.
 
-    sh recipes/pretrain/get_text.sh                                         the King James Bible, or use your own text
-    python recipes/pretrain/pretrain.py --text runs/text/kjv.txt --attention softmax
-    python recipes/pretrain/pretrain.py --text runs/text/kjv.txt --attention asentmax
-    python recipes/pretrain/pretrain.py --text runs/text/kjv.txt --attention softmax --positions nape
-    python recipes/pretrain/perplexity.py runs/pretrain/softmax runs/pretrain/softmax-nape runs/pretrain/asentmax
+    sh recipes/pretrain/get_text.sh      fetches the King James Bible; any text files of your own do as well
+    python -m recipes.pretrain.pretrain --text runs/text/kjv.txt --attention softmax
+    python -m recipes.pretrain.pretrain --text runs/text/kjv.txt --attention asentmax
+    python -m recipes.pretrain.pretrain --text runs/text/kjv.txt --attention softmax --positions nape
+    python -m recipes.pretrain.perplexity runs/pretrain/softmax runs/pretrain/softmax-nape runs/pretrain/asentmax
 
-    python recipes/pretrain/pretrain.py --dataset NAME --dataset-config CONFIG --bf16 ...     streams a Hub data set
-    accelerate launch recipes/pretrain/pretrain.py ...                                        several GPUs
+    python -m recipes.pretrain.pretrain --dataset NAME --dataset-config CONFIG --bf16     streams a data set of the Hub
+    accelerate launch -m recipes.pretrain.pretrain --text FILE                            trains on several GPUs
 
-The checkpoint (model, tokenizer, training.json, held_out.txt) goes to runs/pretrain/ATTENTION. An interrupted run goes
-on with --resume, with the losses it would have had.
+The checkpoint goes to runs/pretrain/ATTENTION: the model, the tokenizer, training.json and held_out.txt. With --resume
+an interrupted run continues, and has the same losses as one that was not interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import sys
 import time
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
-import hf_asentmax
 from hf_asentmax import ASEntmaxConfig
 from recipes import common
 from recipes.pretrain import data
 from recipes.pretrain.perplexity import HELD_OUT_FILE, TIMES, perplexity_by_length, report
+from recipes.pretrain.training import train
 
-ATTENTIONS = ("softmax", "asentmax", "entmax", "ssmax", "adaptive_temperature", "topk_softmax")
-POSITIONS = ("model", "nape", "alibi", "nope")
-TOKENIZER_TEXTS = 10_000  # of a streamed data set, at most, that the tokenizer is trained on
+ATTENTIONS = {
+    "softmax": "softmax",
+    "asentmax": "ASEntmax",
+    "entmax": "entmax",
+    "ssmax": "SSMax",
+    "adaptive_temperature": "adaptive temperature",
+    "topk_softmax": "top-k softmax",
+}
+POSITIONS = {"model": "RoPE", "nape": "NAPE", "alibi": "ALiBi", "nope": "NoPE"}
+TOKENIZER_TEXTS = 10_000  # the tokenizer of a streamed data set is trained on at most so many texts
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; see the module's description."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     text = parser.add_argument_group("text (one of --text and --dataset)")
     text.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text files")
-    text.add_argument("--dataset", metavar="NAME", help="a Hub data set, streamed, or a folder of data files")
+    text.add_argument("--dataset", metavar="NAME", help="a data set of the Hub, streamed, or a folder of data files")
     text.add_argument("--dataset-config", metavar="NAME")
     text.add_argument("--dataset-column", default="text", metavar="NAME", help="the column of text (default text)")
-    text.add_argument("--held-out", type=float, default=0.05, help="share of each file's end kept from training")
-    text.add_argument("--held-out-texts", type=int, default=1000, help="a data set's first texts kept from training")
+    text.add_argument("--held-out", type=float, default=0.05, help="share of each file, at its end, to test on")
+    text.add_argument("--held-out-texts", type=int, default=1000, help="first texts of a data set, to test on")
     text.add_argument("--vocab-size", type=int, default=2048, help="of the byte-level BPE (default 2048)")
 
     model = parser.add_argument_group("model")
     model.add_argument("--attention", choices=ATTENTIONS, default="asentmax", help="(default asentmax)")
     model.add_argument(
-        "--positions", choices=POSITIONS, help="model: rotary, as Llama has them. Default: model for softmax, else nape"
+        "--positions", choices=POSITIONS, help="model is RoPE, as in Llama (default: model for softmax, else nape)"
     )
     model.add_argument("--length", type=int, default=128, help="tokens in a training block (default 128)")
     model.add_argument("--layers", type=int, default=4)
@@ -71,38 +71,33 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     training.add_argument("--gradient-accumulation", type=int, default=1, metavar="N", help="batches in a step")
     training.add_argument("--learning-rate", type=float, default=2e-3)
     training.add_argument("--warm-up", type=int, default=100, metavar="STEPS", help="then a cosine to a tenth")
-    training.add_argument("--weight-decay", type=float, default=0.1, help="of matrices; length scalings have none")
-    training.add_argument("--bf16", action="store_true", help="compute in bfloat16, weights stay float32")
+    training.add_argument("--weight-decay", type=float, default=0.1, help="of matrices, not of length scalings")
+    training.add_argument("--bf16", action="store_true", help="compute in bfloat16; weights stay float32")
     training.add_argument("--gradient-checkpointing", action="store_true")
-    training.add_argument("--cpu", action="store_true", help="even where there is a GPU")
+    training.add_argument("--cpu", action="store_true", help="use the CPU even where there is a GPU")
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--save-every", type=int, default=500, metavar="STEPS", help="a state to resume from")
-    training.add_argument("--stop-after", type=int, metavar="STEPS", help="save a state there and end, as if cut off")
-    training.add_argument("--resume", action="store_true", help="go on from the last saved state in --out")
+    training.add_argument("--stop-after", type=int, metavar="STEPS", help="save a state there and end")
+    training.add_argument("--resume", action="store_true", help="continue from the last state in --out")
     training.add_argument("--out", type=Path, help="default: runs/pretrain/ATTENTION")
     training.add_argument("--eval-tokens", type=int, default=32768, help="of the held-out text (default 32768)")
     parsed = parser.parse_args(arguments)
     if (parsed.text is None) == (parsed.dataset is None):
-        parser.error("give the text: either --text FILE ... or --dataset NAME")
-    if parsed.positions is None:
-        parsed.positions = "model" if parsed.attention == "softmax" else "nape"
-    if parsed.out is None:
-        name = parsed.attention if parsed.positions in ("model", "nape") else f"{parsed.attention}-{parsed.positions}"
-        if parsed.attention == "softmax" and parsed.positions == "nape":
-            name = "softmax-nape"
-        parsed.out = common.REPOSITORY / "runs" / "pretrain" / name
+        parser.error("expected one source of text: either --text FILE ... or --dataset NAME")
+    usual = "model" if parsed.attention == "softmax" else "nape"
+    parsed.positions = parsed.positions or usual
+    name = parsed.attention if parsed.positions == usual else f"{parsed.attention}-{parsed.positions}"
+    parsed.out = parsed.out or common.REPOSITORY / "runs" / "pretrain" / name
     return parsed
 
 
 def method_name(attention: str, positions: str) -> str:
-    """What tables and plots call the model."""
-    shown = {"softmax": "softmax", "asentmax": "ASEntmax", "entmax": "entmax", "ssmax": "SSMax"}
-    where = {"model": "RoPE", "nape": "NAPE", "alibi": "ALiBi", "nope": "NoPE"}
-    return f"{shown.get(attention, attention)} + {where[positions]}"
+    """The model's name in tables and figures."""
+    return f"{ATTENTIONS[attention]} + {POSITIONS[positions]}"
 
 
 def build_model(arguments: argparse.Namespace, vocab_size: int, end_of_text: int) -> PreTrainedModel:
-    """A Llama of the given size with the attention asked for; softmax with its own positions is stock transformers."""
+    """An untrained Llama with the attention that the arguments name. Softmax with RoPE is stock transformers."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=arguments.hidden_size,
@@ -126,110 +121,60 @@ def build_model(arguments: argparse.Namespace, vocab_size: int, end_of_text: int
 
 
 def load_text(arguments: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, Any, list[str]]:
-    """The tokenizer (trained on the text, or on --resume the saved one), blocks to train on, and held-out texts."""
-    saved = arguments.out / "tokenizer.json"
+    """The tokenizer, the blocks to train on, and the held-out texts.
+
+    The tokenizer is trained on the training text. A resumed run uses the saved one.
+    """
+    saved = arguments.resume and (arguments.out / "tokenizer.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.out) if saved else None
     longest = arguments.length * TIMES[-1]
     if arguments.text:
         parts = [data.split_file(path, arguments.held_out) for path in arguments.text]
-        train, held_out = [part[0] for part in parts], [part[1] for part in parts]
-        tokenizer = (
-            AutoTokenizer.from_pretrained(arguments.out)
-            if arguments.resume and saved.exists()
-            else data.train_tokenizer(train, arguments.vocab_size, longest)
-        )
-        return tokenizer, data.text_blocks(data.tokenize(train, tokenizer), arguments.length), held_out
+        training, held_out = [part[0] for part in parts], [part[1] for part in parts]
+        tokenizer = tokenizer or data.train_tokenizer(training, arguments.vocab_size, longest)
+        return tokenizer, data.text_blocks(data.tokenize(training, tokenizer), arguments.length), held_out
     texts = data.stream_hub(arguments.dataset, arguments.dataset_config, arguments.dataset_column)
     skip = arguments.held_out_texts
     held_out = list(islice(texts(), skip))
-    tokenizer = (
-        AutoTokenizer.from_pretrained(arguments.out)
-        if arguments.resume and saved.exists()
-        else data.train_tokenizer(islice(texts(), skip, skip + TOKENIZER_TEXTS), arguments.vocab_size, longest)
-    )
+    if tokenizer is None:
+        sample = islice(texts(), skip, skip + TOKENIZER_TEXTS)
+        tokenizer = data.train_tokenizer(sample, arguments.vocab_size, longest)
     return tokenizer, data.StreamedBlocks(texts, tokenizer, arguments.length, skip), held_out
 
 
-def train(
-    accelerator: Accelerator, model: PreTrainedModel, blocks: Any, arguments: argparse.Namespace
-) -> tuple[PreTrainedModel, list[float]]:
-    """Train, from the saved state if asked to. Returns the model and the loss of each step since the start or state."""
-    streamed = isinstance(blocks, data.StreamedBlocks)
-    loader = DataLoader(blocks, batch_size=arguments.batch_size, shuffle=not streamed, drop_last=True)
-    optimizer = torch.optim.AdamW(
-        hf_asentmax.parameter_groups(model, arguments.weight_decay), lr=arguments.learning_rate, betas=(0.9, 0.95)
-    )
-    rest = max(1, arguments.steps - arguments.warm_up)
+def training_record(arguments: argparse.Namespace, name: str, parameters: int, processes: int) -> dict[str, Any]:
+    """What training.json says of the run, apart from its header and its outcome."""
+    settings = {key: value for key, value in vars(arguments).items() if key not in ("out", "resume", "text")}
+    batch_tokens = arguments.batch_size * arguments.length * arguments.gradient_accumulation * processes
+    return {
+        "method": name,
+        "parameters": parameters,
+        "text": [path.name for path in arguments.text or []],
+        "settings": settings,
+        "tokens_seen": arguments.steps * batch_tokens,
+    }
 
-    def rate(step: int) -> float:
-        if step < arguments.warm_up:
-            return (step + 1) / arguments.warm_up
-        return 0.1 + 0.9 * (0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - arguments.warm_up) / rest)))
 
-    # counts optimizer steps on every device alike, so it isn't given to `prepare`
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    accelerator.register_for_checkpointing(schedule)
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    state = arguments.out / "state"
-    if arguments.resume:
-        if not state.exists():
-            raise SystemExit(f"there is no state to resume from in {arguments.out}")
-        accelerator.load_state(str(state))
-    first = schedule.last_epoch
-    stop = min(arguments.steps, arguments.stop_after or arguments.steps)
-
-    def batches() -> Any:
-        done = first * arguments.gradient_accumulation
-        per_epoch = None if streamed else len(loader)
-        if per_epoch == 0:
-            raise SystemExit(f"the text has fewer blocks than one batch of {arguments.batch_size}: give more text")
-        epoch = 0 if per_epoch is None else done // per_epoch
-        skip = done if per_epoch is None else done % per_epoch
-        while True:
-            loader.set_epoch(epoch)
-            yield from accelerator.skip_first_batches(loader, skip) if skip else loader
-            epoch, skip = epoch + 1, 0
-
-    losses: list[float] = []
-    model.train()
-    source = batches()
-    progress = tqdm(
-        range(first, stop),
-        initial=first,
-        total=arguments.steps,
-        desc=method_name(arguments.attention, arguments.positions),
-        unit="step",
-        dynamic_ncols=True,
-        disable=not accelerator.is_main_process,
-    )
-    for step in progress:
-        total = 0.0
-        for part in range(arguments.gradient_accumulation):
-            (tokens,) = next(source)
-            # by hand and not `accumulate`, which also ends a step with each epoch of the data
-            with accelerator.no_sync(model) if part + 1 < arguments.gradient_accumulation else nullcontext():
-                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss / arguments.gradient_accumulation
-                accelerator.backward(loss)
-            total += accelerator.reduce(loss.detach(), reduction="mean").item()
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        losses.append(total)
-        if not math.isfinite(total):
-            raise SystemExit(f"the loss is {total} at step {step}: try a lower --learning-rate")
-        recent = losses[-50:]
-        progress.set_postfix_str(f"loss {sum(recent) / len(recent):.3f}", refresh=False)
-        if (step + 1) % arguments.save_every == 0 or step + 1 == stop:
-            accelerator.save_state(str(state), safe_serialization=True)
-    return accelerator.unwrap_model(model), losses
+def print_perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: list[str], name: str, settings: Any
+) -> None:
+    """Prints the perplexity on the held-out text at each length."""
+    tokens = data.tokenize(held_out, tokenizer)[: settings.eval_tokens]
+    lengths = [settings.length * times for times in TIMES]
+    if len(tokens) < lengths[-1]:
+        print(f"No perplexity: the held-out text has {len(tokens)} tokens, and the longest window {lengths[-1]}")
+        return
+    results = perplexity_by_length(model, tokens, lengths, last=settings.length // 2)
+    print("\n" + report({name: results}, settings.length))
 
 
 def main(command: list[str] | None = None) -> list[float]:
+    """Runs the recipe; see the module's description. Returns the loss of each step."""
     arguments = parse_arguments(command)
     accelerator = Accelerator(
         mixed_precision="bf16" if arguments.bf16 else "no",
         cpu=arguments.cpu,
-        # the order of an epoch depends on seed and epoch alone, so that a resumed run sees the same
+        # the order of an epoch depends on the seed and the epoch alone, so that a resumed run sees the same
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=arguments.seed),
     )
     set_seed(arguments.seed)
@@ -248,36 +193,17 @@ def main(command: list[str] | None = None) -> list[float]:
         (arguments.out / HELD_OUT_FILE).write_text("\n".join(held_out), encoding="utf-8")
 
     started = time.perf_counter()
-    model, losses = train(accelerator, model, blocks, arguments)
+    model, losses = train(accelerator, model, blocks, arguments, name)
     seconds = time.perf_counter() - started
     if not accelerator.is_main_process or (arguments.stop_after or arguments.steps) < arguments.steps:
         return losses
     model.save_pretrained(arguments.out)
-    settings = {key: value for key, value in vars(arguments).items() if key not in ("out", "resume", "text")}
-    record: dict[str, Any] = {
-        **header,
-        "method": name,
-        "parameters": model.num_parameters(),
-        "text": [path.name for path in arguments.text or []],
-        "settings": settings,
-        "tokens_seen": arguments.steps
-        * arguments.gradient_accumulation
-        * arguments.batch_size
-        * arguments.length
-        * accelerator.num_processes,
-        "seconds": round(seconds, 1),
-        "train_loss": sum(losses[-50:]) / max(1, len(losses[-50:])),
-    }
-    common.write_json(arguments.out / "training.json", record)
-
-    tokens = data.tokenize(held_out, tokenizer)[: arguments.eval_tokens]
-    lengths = [arguments.length * times for times in TIMES]
-    if len(tokens) < lengths[-1]:
-        print(f"The held-out text has {len(tokens)} tokens, too few for windows of {lengths[-1]}: nothing to measure")
-        return losses
-    results = perplexity_by_length(model, tokens, lengths, last=arguments.length // 2)
-    print("\n" + report({name: results}, arguments.length))
-    print(f"\nSaved model, tokenizer and training.json in {arguments.out}. Compare checkpoints with perplexity.py.")
+    record = training_record(arguments, name, model.num_parameters(), accelerator.num_processes)
+    outcome = {"seconds": round(seconds, 1), "train_loss": sum(losses[-50:]) / max(1, len(losses[-50:]))}
+    common.write_json(arguments.out / "training.json", {**header, **record, **outcome})
+    print_perplexity(model, tokenizer, held_out, name, arguments)
+    print(f"\nSaved the model, its tokenizer and training.json in {arguments.out}")
+    print("Compare checkpoints with python -m recipes.pretrain.perplexity CHECKPOINT ...")
     return losses
 
 

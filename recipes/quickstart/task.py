@@ -2,8 +2,8 @@
 
     <s> qa 37 bx 04 zz 91 ... ? bx 04 qa 37
 
-Keys are the 676 pairs of letters, each at most once in a stream; values are the numbers 00 to 99. Everything after "?"
-is a query: a key of the stream, and right after it the value that the model has to give.
+Keys are the 676 pairs of letters, and a key occurs at most once in a stream. Values are the numbers 00 to 99. After "?"
+come the queries. Each is a key of the stream, followed by its value, which the model has to predict.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ START, ASK, FIRST_KEY, FIRST_VALUE = 0, 1, 2, 2 + len(KEYS)
 
 @dataclass(frozen=True)
 class Batch:
-    """Streams of one length, and where their answers stand.
+    """Streams of one length, and the positions of their answers.
 
     Attributes:
         tokens: (batch, length) int64.
-        answers_at: (queries,) int64, the positions of the answers; the token before each is the query's key.
+        answers_at: (queries,) int64, positions of the answers. The token before an answer is the query's key.
     """
 
     tokens: torch.Tensor
@@ -37,12 +37,12 @@ class Batch:
 
     @property
     def answers(self) -> torch.Tensor:
-        """(batch, queries) int64: the values asked for."""
+        """The right values, (batch, queries) int64."""
         return self.tokens[:, self.answers_at]
 
 
 def num_pairs(length: int, num_queries: int) -> int:
-    """How many pairs fill a stream of `length` tokens with `num_queries` queries: <s>, pairs, ?, queries."""
+    """How many pairs a stream of `length` tokens has, which is <s>, the pairs, ? and `num_queries` queries."""
     return (length - 2 - 2 * num_queries) // 2
 
 
@@ -52,11 +52,11 @@ def sample_batch(batch_size: int, length: int, num_queries: int, generator: torc
     Args:
         batch_size: how many streams.
         length: tokens in each, even.
-        num_queries: distinct keys asked for, at most as many as there are pairs.
+        num_queries: distinct keys that are asked for, at most as many as there are pairs.
         generator: the source of randomness.
 
     Raises:
-        ValueError: a length that is odd, too short for the queries, or too long for the number of keys.
+        ValueError: the length is odd, too short for the queries, or too long for the number of keys.
     """
     pairs = num_pairs(length, num_queries)
     if length % 2 != 0 or not 1 <= num_queries <= pairs <= len(KEYS):
@@ -75,7 +75,7 @@ def sample_batch(batch_size: int, length: int, num_queries: int, generator: torc
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, so that a prompt can be typed and an answer read."""
+    """A tokenizer whose tokens are the words of a stream."""
     tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<s>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", clean_up_tokenization_spaces=False)

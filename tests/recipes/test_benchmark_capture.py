@@ -1,4 +1,4 @@
-"""Tensors of a trained model for the attention benchmark: those of the layer asked for, with its slopes."""
+"""The attention benchmark's inputs from a trained model are those of the layer asked for, with its slopes."""
 
 from __future__ import annotations
 

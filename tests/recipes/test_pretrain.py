@@ -84,9 +84,7 @@ def test_checkpoints_are_compared(text_file: Path, tmp_path: Path, monkeypatch: 
     for attention in ("softmax", "entmax"):
         command = ["--text", str(text_file), "--attention", attention, *TINY, "--steps", "2", "--held-out", "0.3"]
         pretrain.main([*command, "--out", str(tmp_path / attention)])
-    arguments = ["perplexity.py", str(tmp_path / "softmax"), str(tmp_path / "entmax"), "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", [*arguments, "--device", "cpu"])
-    perplexity.main()
+    perplexity.main([str(tmp_path / "softmax"), str(tmp_path / "entmax"), "--out", str(tmp_path), "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "softmax + RoPE" in printed and "entmax + NAPE" in printed and "128 (8x)" in printed
     results = json.loads((tmp_path / "results.json").read_text())

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.quickstart import run, task
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from recipes.common import REPOSITORY
+from recipes.quickstart import report, run, task
 
 
 @pytest.mark.parametrize("length", [8, 12, 64, 128, 256, 512, 1024])
@@ -65,26 +65,47 @@ def test_models_have_the_same_size() -> None:
     assert all(model.config.num_hidden_layers == models[0].config.num_hidden_layers for model in models)
 
 
+@pytest.mark.slow
 def test_a_short_run_works_from_end_to_end(tmp_path: Path) -> None:
-    command = [sys.executable, "recipes/quickstart/run.py", "--steps", "3", "--batch-size", "4", "--streams", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    arguments = ["--steps", "3", "--batch-size", "4", "--streams", "1", "--device", "cpu", "--out", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--device", "cpu", "--out", str(tmp_path)],
+        [sys.executable, "-m", "recipes.quickstart.run", *arguments],
         cwd=REPOSITORY,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    for method in run.METHODS:
-        assert method in done.stdout
-    assert done.stdout.count("prompt  <s>") == 2 and "1024 (16x)" in done.stdout
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert [one["method"] for one in results["runs"]] == list(run.METHODS)
-    assert set(results["runs"][0]["accuracy"]) == {"64", "128", "256", "512", "1024"}
-    for entry in ("command", "seeds", "device", "versions", "commit", "steps", "streams_per_length"):
-        assert entry in results
-    assert results["command"].startswith("python recipes/quickstart/run.py --steps 3")
+    assert done.stdout.count("prompt  <s>") == 2 and "1,024 (16x)" in done.stdout
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["command"] == f"python -m recipes.quickstart.run {shlex.join(arguments)}"
+    assert [one["method"] for one in content["runs"]] == list(run.METHODS)
+    assert set(content["runs"][0]["accuracy"]) == {"64", "128", "256", "512", "1024"}
+    for entry in ("seeds", "device", "versions", "commit", "uncommitted", "steps", "streams_per_length"):
+        assert entry in content
+    softmax, ours = (content["runs"][index]["keys_in_use"] for index in (0, 2))
+    assert softmax["1024"] == 1016 and 1 <= ours["1024"] < 1016  # 8 queries see 1,009 to 1,023 keys
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "checkpoint" / "model.safetensors").exists()
+
+
+def test_accuracy_is_the_share_of_right_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = task.sample_batch(4, 64, run.QUERIES, torch.Generator().manual_seed(1_000_064))
+
+    def first_half_right(model: object, batch: task.Batch) -> torch.Tensor:
+        answers = torch.where(torch.arange(run.QUERIES) < run.QUERIES // 2, batch.answers, batch.answers - 1)
+        return torch.nn.functional.one_hot(answers, len(task.WORDS)).float()
+
+    monkeypatch.setattr(run, "answer_logits", first_half_right)
+    assert streams.tokens.shape == (4, 64)
+    assert run.evaluate(run.build_model("softmax + RoPE"), 64, 4) == 0.5
+
+
+def test_several_rates_are_several_rows() -> None:
+    runs = [
+        {"method": "m", "learning_rate": rate, "accuracy": {"64": share, "128": share}}
+        for rate, share in ((0.1, 0.5), (0.1, 1.0), (0.2, 0.25))
+    ]
+    values = report.values_by_method({"runs": runs}, "accuracy", 100.0)
+    assert values == {"m, learning rate 0.1": [[50.0, 50.0], [100.0, 100.0]], "m, learning rate 0.2": [[25.0, 25.0]]}
