@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,7 +95,7 @@ def results_header(device: torch.device, seeds: Sequence[int]) -> dict[str, Any]
     changed = _git("status", "--porcelain", "--untracked-files=all", "--", "hf_asentmax", "recipes")
     return {
         "command": launch_command(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "seeds": list(seeds),
         "device": {
             "type": device.type,

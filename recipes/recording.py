@@ -1,4 +1,4 @@
-"""Records the queries, keys and values that the layers of a model pass to `entmax_attention`."""
+"""Records the queries, keys and values that the layers of a model pass to their attention."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from unittest.mock import patch
 
 import torch
 
-from hf_asentmax import entmax_attention
+from hf_asentmax.attention import attend
+from hf_asentmax.call import Call
 
 __all__ = ["AttentionCall", "recorded_attention"]
 
 
 class AttentionCall(NamedTuple):
-    """The arguments of one call of `entmax_attention`.
+    """What one layer passed to its attention.
 
     Queries carry their length scaling. Queries and keys carry their rotary positions, where the model has them.
 
@@ -23,7 +24,7 @@ class AttentionCall(NamedTuple):
         query: (batch, heads, length, head_dim).
         key: (batch, kv_heads, kv_len, head_dim).
         value: like `key`.
-        options: the call's keyword arguments.
+        options: `scale`, `alpha` and `alibi_slopes` of the call.
     """
 
     query: torch.Tensor
@@ -43,9 +44,10 @@ def recorded_attention() -> Iterator[list[AttentionCall]]:
     """Yields a list to which each layer's call is added while the context is open."""
     calls: list[AttentionCall] = []
 
-    def recording(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-        calls.append(AttentionCall(query, key, value, options))
-        return entmax_attention(query, key, value, **options)
+    def recording(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+        options = {"scale": call.scale, "alpha": call.scoring.alpha, "alibi_slopes": call.scoring.alibi_slopes}
+        calls.append(AttentionCall(call.query, call.key, call.value, options))
+        return attend(call)
 
-    with patch("hf_asentmax.integration.forward.entmax_attention", recording):
+    with patch("hf_asentmax.integration.forward.attend", recording):
         yield calls

@@ -8,34 +8,23 @@ from typing import Any
 
 from recipes.common import REPOSITORY, markdown_table, read_json
 from recipes.quickstart.report import lengths_of, values_by_method
-from recipes.synthetic.report import Group, compared, grouped, tables, trained_alike
+from recipes.synthetic.groups import (
+    METHOD_NAMES,
+    TASK_NAMES,
+    TRACKS,
+    Group,
+    compared,
+    fresh_seed_sentence,
+    grouped,
+    read_results,
+    tables,
+    trained_alike,
+)
 from recipes.tables.origins import origin, origin_of_several
 
 __all__ = ["language_results", "quickstart_results", "results", "synthetic_results"]
 
 RECIPES = REPOSITORY / "recipes"
-# Methods and positions as people write them, in the order of a table.
-METHODS = {
-    "asentmax": "ASEntmax",
-    "softmax": "softmax",
-    "entmax": "entmax",
-    "ssmax": "SSMax",
-    "adaptive_temperature": "adaptive temperature",
-    "topk": "top-k softmax",
-    "stick_breaking": "stick-breaking",
-}
-POSITIONS = {"nape": "NAPE", "nope": "NoPE", "alibi": "ALiBi", "model": "RoPE"}
-TASKS = {
-    ("mqmtar", "paper"): "MQMTAR, trained on the paper's data",
-    ("mqmtar", "own"): "MQMTAR, trained on our own data, which has near misses (not comparable with published rows)",
-    ("copy", "paper"): "Copy",
-    ("reverse", "paper"): "Reverse",
-    ("sort", "paper"): "Sort",
-    ("max_retrieval", "paper"): "Max Retrieval",
-    ("two_back", "paper"): "2Back",
-    ("local_count", "paper"): "Local Count",
-    ("flip_flop", "paper"): "Flip-Flop",
-}
 PUBLISHED = {"paper": "the paper", "indep.": "an independent group"}
 OVERVIEW = (1, 4, 16, 64, 256, 1024)  # multiples of the training length in the README
 OTHERWISE = "trained otherwise than ASEntmax in this table"
@@ -96,14 +85,15 @@ def language_results(path: Path = RECIPES / "pretrain" / "results.json") -> str:
     )
 
 
-def _synthetic_tables(folder: Path) -> dict[tuple[str, str], list[Group]]:
-    """For each task and training distribution one group of each method, ASEntmax first."""
-    groups = grouped([read_json(path) for path in sorted(folder.glob("*.json"))])
-    order = list(METHODS)
-    return {
+def _synthetic_tables(folder: Path) -> tuple[dict[tuple[str, str], list[Group]], list[dict[str, Any]]]:
+    """For each task and training distribution one group of each method, ASEntmax first; and seeds that none pools."""
+    pooled, fresh = read_results(folder)
+    order = list(METHOD_NAMES)
+    by_case = {
         case: sorted(compared(members), key=lambda group: (order.index(group.method), group.positions))
-        for case, members in tables(groups)
+        for case, members in tables(grouped(pooled))
     }
+    return by_case, fresh
 
 
 def _published(folder: Path) -> dict[str, Any]:
@@ -111,37 +101,34 @@ def _published(folder: Path) -> dict[str, Any]:
     return rows
 
 
-def _name(group: Group) -> str:
-    return f"{METHODS[group.method]} + {POSITIONS[group.positions]}"
-
-
 def results(folder: Path = RECIPES / "synthetic" / "results") -> str:
     """Exact match on MQMTAR of the methods that were trained as ASEntmax was, beside the paper's rows."""
-    groups = _synthetic_tables(folder)["mqmtar", "paper"]
-    ours, *others = groups
+    by_case, fresh = _synthetic_tables(folder)
+    ours, *others = by_case["mqmtar", "paper"]
     alike = [group for group in others if group.method in ("softmax", "entmax", "ssmax") and trained_alike(group, ours)]
 
     def row(group: Group) -> list[str]:
         seeds = len(group.results)
-        name = f"{_name(group)}{f', mean of {seeds} seeds' if seeds > 1 else ''}"
+        name = f"{group.name}{f', mean of {seeds} seeds' if seeds > 1 else ''}"
         return [name, *(f"{found[0]:.1f}" if (found := group.pooled(m)) else "" for m in OVERVIEW)]
 
     published = _published(folder)["mqmtar"]
     rows = [row(group) for group in (ours, *alike)]
     for method in ("asentmax", "softmax"):
         values = published[method]["paper"]
-        rows.append([f"{METHODS[method]} + NAPE, in the paper", *(f"{values[str(m)]:.1f}" for m in OVERVIEW)])
+        rows.append([f"{METHOD_NAMES[method]} + NAPE, in the paper", *(f"{values[str(m)]:.1f}" for m in OVERVIEW)])
     train_length = ours.results[0]["run"]["task_settings"]["max_length"]
     headers = [result["evaluation"] for group in (ours, *alike) for result in group.results]
     return "\n\n".join(
         [
             markdown_table(["", *_length_columns([train_length * multiple for multiple in OVERVIEW])], rows),
+            fresh_seed_sentence(fresh),
             f"Our rows had the same training. {origin_of_several(headers, 'recipes/synthetic/results')}",
         ]
     )
 
 
-def _task_table(task: str, groups: list[Group], published: dict[str, Any]) -> str:
+def _task_table(groups: list[Group], published: dict[str, Any]) -> str:
     """Exact match at every length: our rows with the range of their seeds, then the published rows."""
     known = {int(multiple) for rows in published.values() for row in rows.values() for multiple in row}
     multiples = sorted(known.union(*(group.multiples() for group in groups)))
@@ -151,25 +138,27 @@ def _task_table(task: str, groups: list[Group], published: dict[str, Any]) -> st
         mark = " †" if ours and not trained_alike(group, ours) else ""
         values = {m: [100 * entry["exact_match"] for entry in group.entries(m)] for m in multiples}
         cells = [_mean_and_range(values[m]) if values[m] else "" for m in multiples]
-        rows.append([f"{_name(group)}{mark}", str(len(group.results)), f"{group.minutes:.1f}", *cells])
-    for method in [name for name in METHODS if name in published]:
+        rows.append([f"{group.name}{mark}", str(len(group.results)), f"{group.minutes:.1f}", *cells])
+    for method in [name for name in METHOD_NAMES if name in published]:
         for source, found in published[method].items():
             cells = [f"{found[str(m)]:.1f}" if str(m) in found else "" for m in multiples]
-            rows.append([f"{METHODS[method]}, {PUBLISHED[source]}", "", "", *cells])
+            rows.append([f"{METHOD_NAMES[method]}, {PUBLISHED[source]}", "", "", *cells])
     first = groups[0].results[0]["run"]["task_settings"]["max_length"]
     return markdown_table(["", "seeds", "minutes", *_length_columns([first * m for m in multiples])], rows)
 
 
 def synthetic_results(folder: Path = RECIPES / "synthetic" / "results") -> str:
     """Exact match on every synthetic task, one group of runs for each method."""
-    by_case = _synthetic_tables(folder)
+    by_case, fresh = _synthetic_tables(folder)
     published = _published(folder)
     parts = [
         "Exact match in %. Where there are several seeds, the mean and the range. Minutes are those of training on one "
-        f"GPU. A row with † was {OTHERWISE}. Adaptive temperature works at inference only, so it has softmax's weights."
+        f"GPU. A row with † was {OTHERWISE}. Adaptive temperature works at inference only, so it has softmax's "
+        "weights. Rows trained on a distribution of our own are not comparable with published ones."
     ]
-    for case in sorted(by_case, key=list(TASKS).index):
-        rows = published.get(case[0], {}) if case[1] == "paper" else {}
-        parts += [f"**{TASKS[case]}**", _task_table(case[0], by_case[case], rows)]
+    for (task, track), groups in by_case.items():
+        rows = published.get(task, {}) if track == "paper" else {}
+        parts += [f"**{TASK_NAMES[task]}**, trained on {TRACKS[track]}", _task_table(groups, rows)]
+        parts += [fresh_seed_sentence(fresh)] if (task, track) == ("mqmtar", "paper") else []
     headers = [result["evaluation"] for groups in by_case.values() for group in groups for result in group.results]
     return "\n\n".join([*parts, origin_of_several(headers, "recipes/synthetic/results")])

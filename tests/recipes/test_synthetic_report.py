@@ -12,7 +12,6 @@ from huggingface_hub import ModelCard
 
 from recipes.synthetic import ablations, figures, groups, model_card, report
 from recipes.synthetic.evaluate import RESULTS
-from recipes.synthetic.readme_section import readme_section
 
 CHAIN = {"seed": 201, "settings": {"minutes": 1.5}}
 
@@ -126,19 +125,6 @@ def test_the_report_is_what_the_results_say() -> None:
         assert run["header"]["command"] and run["header"]["commit"] and run["header"]["versions"]["torch"]
     ablation = json.loads((ablations.RESULTS / "results.json").read_text())
     assert ablations.table(ablation) in (ablations.RESULTS / "results.md").read_text(), "run ablations.py --report"
-
-
-def test_the_readme_s_section_names_every_seed() -> None:
-    results = [one for one in groups.read_results(RESULTS)[0] if one["run"]["task"] == "mqmtar"]
-    text = readme_section(results)
-    rows = [line for line in text.splitlines() if line.startswith("| ASEntmax + NAPE")]
-    assert rows[0].startswith("| ASEntmax + NAPE | paper | 3 seeds | 100.0 |") and rows[0].endswith("| 99.7 |")
-    assert rows[1].startswith("| ASEntmax + NAPE, a fresh seed | paper | seed 7 |") and rows[1].endswith("| 75.5 |")
-    assert "Earlier settings of this training have 0.0 to 100.0%" in text and "1,048,576 tokens" in text
-    for link in ("results/report.md", "results/mqmtar-paper.png", "findings.md", "README.md"):
-        assert f"recipes/synthetic/{link}" in text and (RESULTS.parent / link).exists()
-    with pytest.raises(ValueError, match="no results of ASEntmax on MQMTAR"):
-        readme_section([one for one in results if one["run"]["settings"]["method"] != "asentmax"])
 
 
 def test_model_cards_are_what_the_results_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
