@@ -197,7 +197,9 @@ def test_autocast_does_not_round_the_scores() -> None:
     assert torch.equal(inside, entmax_attention(*tensors))
 
 
+@pytest.mark.slow
 def test_the_compiled_function_has_no_graph_break() -> None:
+    """With Inductor, as users compile: output and gradients."""
     tensors = [t.requires_grad_() for t in make(2, 4, 2, 16, 16, 8, torch.float32)]
     mask = padding(2, 16, "left")
     compiled = torch.compile(entmax_attention, fullgraph=True)

@@ -288,7 +288,7 @@ def test_top_k_without_plain_softmax(flags: dict[str, Any]):
 
 def test_adaptive_temperature_without_softmax():
     message = error_of(ValueError, scaling="adaptive_temperature", alpha=1.5)
-    assert "goes with alpha=1, got 1.5" in message
+    assert "needs alpha=1, got 1.5" in message
 
 
 @pytest.mark.parametrize("flags", [{"scaling": "ssmax"}, {"scaling": "learned"}, {"scaling": "asentmax"}])
@@ -314,7 +314,7 @@ def test_more_alibi_heads_than_heads():
 
 
 def test_half_of_an_odd_number_of_heads():
-    with pytest.raises(ValueError, match=r"half of the heads, but the model has 5; say how many with alibi_heads"):
+    with pytest.raises(ValueError, match=r"half of the heads, but the model has 5; set the number with alibi_heads"):
         ASEntmaxConfig(positions="nape").num_alibi_heads(5)
     assert ASEntmaxConfig(positions="nape", alibi_heads=3).num_alibi_heads(5) == 3
 

@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CLIPVisionConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    LlavaConfig,
     MistralConfig,
     Olmo2Config,
     Phi3Config,
@@ -25,11 +28,15 @@ from transformers.cache_utils import Cache, QuantizedLayer
 import hf_asentmax  # noqa: F401  (registers the presets)
 
 __all__ = [
+    "BY_PART",
     "FAMILIES",
     "PRESETS",
     "VOCABULARY",
+    "composite_config",
+    "generating_model",
     "lossless_quantized_cache",
     "perturb_scalings",
+    "perturbed_model",
     "random_ids",
     "tiny_config",
     "tiny_model",
@@ -133,6 +140,22 @@ def perturb_scalings(model: torch.nn.Module, seed: int = 1) -> None:
                 parameter.add_(0.3 * noise.to(parameter.device, parameter.dtype))
 
 
+def perturbed_model(family: str = "llama", name: str = "asentmax", flags: Any = None, **kwargs: Any) -> PreTrainedModel:
+    """`tiny_model` with its length scalings moved off their start."""
+    model = tiny_model(family, name, flags, **kwargs)
+    perturb_scalings(model)
+    return model
+
+
+def generating_model(
+    family: str = "llama", flags: Any = None, name: str = "asentmax", **kwargs: Any
+) -> PreTrainedModel:
+    """`perturbed_model` that never ends a sequence early."""
+    model = perturbed_model(family, name, flags, **kwargs)
+    model.generation_config.eos_token_id = None
+    return model
+
+
 def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """(batch, length) token ids, none of them special."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
@@ -153,3 +176,34 @@ def lossless_quantized_cache(model: PreTrainedModel, residual_length: int = 4) -
     return Cache(
         layers=[_LosslessLayer(residual_length=residual_length) for _ in range(model.config.num_hidden_layers)]
     )
+
+
+_VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+# The attention implementation of each part of a composite model
+BY_PART = {"text_config": "asentmax", "vision_config": "sdpa"}
+
+
+def composite_config(kind: str, flags: dict[str, Any] | None = None) -> Any:
+    """A config of a vision-language model ("llava" or "gemma3") whose text part has the flags."""
+    if kind == "llava":
+        config: Any = LlavaConfig(
+            text_config=tiny_config("llama"),
+            vision_config=CLIPVisionConfig(**_VISION),
+            image_token_id=60,
+            image_seq_length=4,
+        )
+    else:
+        config = Gemma3Config(
+            text_config=tiny_config("gemma3_text"),
+            vision_config={**_VISION, "model_type": "siglip_vision_model"},
+            mm_tokens_per_image=4,
+            image_token_index=60,
+            boi_token_index=61,
+            eoi_token_index=62,
+        )
+    if flags is not None:
+        config.text_config.asentmax = flags
+    return config

@@ -69,7 +69,7 @@ def unsupported_reason(call: Call) -> str | None:
     device = call.query.device
     if device.type != "cuda":
         return f"PyTorch's kernels need a CUDA GPU here, the tensors are on {device.type}; use backend='eager'"
-    if kernel_for(_prepared(call)) != "flex":
+    if kernel_for(prepared(call)) != "flex":
         return None
     low, high = _FLEX_HEAD_DIMS
     for head_dim in (call.query.shape[-1], call.value.shape[-1]):
@@ -89,12 +89,12 @@ def attention(call: Call) -> torch.Tensor:
     """
     device_type = call.query.device.type
     query, key, value = as_autocast(call.query, call.key, call.value)
-    call = _prepared(replace(call, query=query, key=key, value=value))
+    call = prepared(replace(call, query=query, key=key, value=value))
     with torch.autocast(device_type, enabled=False):
         return _KERNELS[kernel_for(call)](call)
 
 
-def _prepared(call: Call) -> Call:
+def prepared(call: Call) -> Call:
     """The call in the form that the kernels take: `key_start` in the mask, detached slopes, no expanded mask."""
     masks = call.masks.with_key_start_in_mask(call.query.shape[0], call.key.shape[2])
     masks = replace(masks, attention_mask=mask_without_expanded_batch(masks.attention_mask))

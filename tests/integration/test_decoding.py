@@ -11,14 +11,14 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 pytest.importorskip("triton")
 
-from hf_asentmax import entmax_attention
+from hf_asentmax.attention import attend
 from hf_asentmax.backends.triton.common import launching
 from hf_asentmax.backends.triton.decode import launch as decode_launch
 from hf_asentmax.backends.triton.decode import operator as decode_op
 from hf_asentmax.integration import forward
 from hf_asentmax.integration.key_norms import key_norm_bound
 
-from tiny_models import lossless_quantized_cache, perturb_scalings, random_ids, tiny_model
+from tiny_models import generating_model, lossless_quantized_cache, random_ids
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDS = random_ids(2, 18)
@@ -37,23 +37,21 @@ def decode_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(decode_launch, "decode", counted)
     monkeypatch.setattr(decode_op, "DECODE_FROM", 12)
-    monkeypatch.setattr(forward, "entmax_attention", partial(entmax_attention, backend="triton"))
+    monkeypatch.setattr(forward, "attend", partial(attend, backend="triton"))
     return calls
 
 
 def build(family: str) -> PreTrainedModel:
-    model = tiny_model(family, "asentmax", {"positions": "nape"})
-    perturb_scalings(model)
-    model.generation_config.eos_token_id = None
-    return model.to(DEVICE)
+    return generating_model(family, {"positions": "nape"}).to(DEVICE)
 
 
 def eager_logits(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, **inputs: Any) -> torch.Tensor:
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(forward, "entmax_attention", partial(entmax_attention, backend="eager"))
+        patch.setattr(forward, "attend", partial(attend, backend="eager"))
         return model(use_cache=False, **inputs).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind"),
     [("llama", "dynamic"), ("llama", "static"), ("llama", "quantized"), ("gemma2", "dynamic"), ("gemma2", "static")],
@@ -103,7 +101,7 @@ def test_beams_and_assisted_decoding(decode_calls: list[bool], monkeypatch: pyte
     settings = {"max_new_tokens": 4, "do_sample": False}
     runs: list[list[torch.Tensor]] = []
     for backend in ("triton", "eager"):
-        monkeypatch.setattr(forward, "entmax_attention", partial(entmax_attention, backend=backend))
+        monkeypatch.setattr(forward, "attend", partial(attend, backend=backend))
         beams = model.generate(ids, num_beams=3, **settings)
         runs.append([beams, model.generate(ids, prompt_lookup_num_tokens=3, **settings)])
     for mine, expected in zip(*runs, strict=True):
@@ -124,7 +122,7 @@ def test_compiled_static_cache_at_length(family: str, monkeypatch: pytest.Monkey
     dynamic = model.generate(ids, **settings)
     static = model.generate(ids, cache_implementation="static", **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(forward, "entmax_attention", partial(entmax_attention, backend="eager"))
+        patch.setattr(forward, "attend", partial(attend, backend="eager"))
         eager = model.generate(ids, **settings)
     assert torch.equal(dynamic, eager)
     assert torch.equal(static, eager)

@@ -193,7 +193,7 @@ def test_more_alibi_heads_than_heads() -> None:
 
 
 def test_half_of_an_odd_number_of_heads() -> None:
-    with pytest.raises(ValueError, match="say how many with alibi_heads"):
+    with pytest.raises(ValueError, match="set the number with alibi_heads"):
         tiny_model(
             "llama", "asentmax", {"positions": "nape"}, hidden_size=36, num_attention_heads=3, num_key_value_heads=1
         )

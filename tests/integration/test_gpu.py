@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from reference import assert_close, relative_error
-from tiny_models import perturb_scalings, random_ids, tiny_model
+from tiny_models import generating_model, perturb_scalings, random_ids, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,17 +18,11 @@ pytestmark = [
 IDS = random_ids(3, 24)
 MASK = torch.ones_like(IDS)
 MASK[0, :9] = 0
-
-
-def build(family: str = "llama") -> PreTrainedModel:
-    model = tiny_model(family, "asentmax", {"positions": "nape"})
-    perturb_scalings(model)
-    model.generation_config.eos_token_id = None
-    return model
+NAPE = {"positions": "nape"}
 
 
 def test_logits_and_gradients_equal_the_cpus(family: str) -> None:
-    model = build(family)
+    model = generating_model(family, NAPE)
 
     def run(device: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
         model.to(device)
@@ -46,7 +39,7 @@ def test_logits_and_gradients_equal_the_cpus(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2"])
 def test_generation_with_a_compiled_static_cache(family: str) -> None:
-    model = build(family).cuda()
+    model = generating_model(family, NAPE).cuda()
     inputs = {"attention_mask": MASK.cuda(), "max_new_tokens": 12, "do_sample": False}
     dynamic = model.generate(IDS.cuda(), **inputs)
     assert torch.equal(model.generate(IDS.cuda(), cache_implementation="static", **inputs), dynamic)
@@ -70,7 +63,7 @@ def test_offloaded_caches(family: str, cache: str) -> None:
     Before 5.20 it reused the memory of layers that attention might still read: other tokens, where the GPU was late.
     """
     pytest.importorskip("transformers", minversion="5.20")
-    model = build(family).cuda()
+    model = generating_model(family, NAPE).cuda()
     inputs = {"attention_mask": MASK.cuda(), "max_new_tokens": 12, "do_sample": False}
     plain = model.generate(IDS.cuda(), **inputs)
     out = model.generate(IDS.cuda(), cache_implementation=cache, disable_compile=True, **inputs)
@@ -87,7 +80,7 @@ def test_quantized_caches(backend: str) -> None:
         settings |= {"q_group_size": 8, "residual_length": 4}
     if backend == "hqq":
         settings |= {"nbits": 8, "axis_key": 1, "axis_value": 1}
-    model = build().cuda()
+    model = generating_model(flags=NAPE).cuda()
     out = model.generate(
         IDS.cuda(),
         attention_mask=MASK.cuda(),
@@ -106,7 +99,7 @@ def test_quantized_caches(backend: str) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_training_in_bf16_lowers_the_loss(compiled: bool) -> None:
-    model = build().cuda().train()
+    model = generating_model(flags=NAPE).cuda().train()
     step_model = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
