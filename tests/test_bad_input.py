@@ -356,12 +356,12 @@ def test_softcap(softcap: Any):
 
 @pytest.mark.parametrize("backend", ["cuda", "Eager", "", None, 1, ["eager"]])
 def test_backend(backend: Any):
-    assert_refused(ValueError, f"backend must be one of auto, eager, torch, triton, got {backend!r}", backend=backend)
+    assert_refused(ValueError, f"backend must be one of auto, eager, torch, triton; got {backend!r}", backend=backend)
 
 
 def test_triton_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with which the kernels' own tests run on a CPU
-    assert_refused(NotImplementedError, "backend='triton' can't run this call", "backend='eager'", backend="triton")
+    assert_refused(NotImplementedError, "backend='triton' cannot run this call", "backend='eager'", backend="triton")
 
 
 def test_options_are_keywords_only():

@@ -167,7 +167,13 @@ def test_autocast() -> None:
     assert_close("output", output, entmax_attention(*exact, alpha=1.0, backend="eager", **options), 1e-2)
 
 
-@pytest.mark.parametrize("name", ["left padding, alibi", "4D per head", "4D per head for all", "packed"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "left padding, alibi",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("4D per head", "4D per head for all", "packed")),
+    ],
+)
 def test_flex_attention_is_compiled_without_a_graph_break(name: str, flex_only: None) -> None:
     tensors, grad, options = case_of(name, 2, torch.float32)
     compiled = torch.compile(fused_softmax, fullgraph=True, backend="aot_eager")
@@ -236,7 +242,9 @@ def results_of(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch
     return logits.detach(), torch.cat([grad.double().flatten() for grad in grads])
 
 
-@pytest.mark.parametrize(("scaling", "compiled"), [("none", False), ("ssmax", True)])
+@pytest.mark.parametrize(
+    ("scaling", "compiled"), [("none", False), pytest.param("ssmax", True, marks=pytest.mark.slow)]
+)
 def test_models_use_this_backend(scaling: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, and without a graph break."""
     ids, mask = random_ids(2, 30), torch.ones(2, 30, dtype=torch.long)

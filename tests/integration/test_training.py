@@ -135,9 +135,9 @@ def test_moving_a_model_moves_its_scalings(dtype: torch.dtype):
     ("family", "flags", "checkpointing", "mask"),
     [
         ("llama", NAPE, False, None),
-        ("llama", None, True, None),
-        ("gpt2", NAPE, True, None),
-        ("gemma2", None, False, LEFT_PADDING),
+        pytest.param("llama", None, True, None, marks=pytest.mark.slow),
+        pytest.param("gpt2", NAPE, True, None, marks=pytest.mark.slow),
+        pytest.param("gemma2", None, False, LEFT_PADDING, marks=pytest.mark.slow),
     ],
     ids=["llama NAPE", "llama checkpointing", "gpt2 NAPE checkpointing", "gemma2 padding"],
 )
@@ -161,7 +161,7 @@ def test_compiled_whole_model_equals_the_uncompiled(
     assert_same_gradients(gradients(model), expected)
 
 
-@pytest.mark.parametrize("name", ["ssmax", "topk_softmax"])
+@pytest.mark.parametrize("name", [pytest.param("ssmax", marks=pytest.mark.slow), "topk_softmax"])
 def test_compiled_presets_on_softmax(name: str):
     torch._dynamo.reset()
     model = training_model(name=name, flags={"top_k": 3} if name == "topk_softmax" else None, num_hidden_layers=1)
