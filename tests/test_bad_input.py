@@ -1,4 +1,4 @@
-"""entmax_attention with wrong arguments: each error says what was expected and what came."""
+"""Wrong arguments of entmax_attention: each error says what was expected and what came."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BATCH, HEADS, KV_HEADS, Q_LEN, KV_LEN, DIM = 2, 4, 2, 3, 5, 8
 
 
 def tensors(**replaced: Any) -> dict[str, Any]:
-    """query, key and value that are right, but for what is replaced."""
+    """Valid query, key and value, with some arguments replaced or added."""
     right = {
         "query": torch.randn(BATCH, HEADS, Q_LEN, DIM),
         "key": torch.randn(BATCH, KV_HEADS, KV_LEN, DIM),
@@ -24,7 +24,7 @@ def tensors(**replaced: Any) -> dict[str, Any]:
 
 
 def assert_refused(error: type[Exception], *parts: str, **arguments: Any) -> None:
-    """The call raises `error`, and its message holds every one of `parts`."""
+    """Check that the call raises `error` with a message that contains every part."""
     with pytest.raises(error) as caught:
         entmax_attention(**tensors(**arguments))
     for part in parts:
@@ -360,7 +360,7 @@ def test_backend(backend: Any):
 
 
 def test_triton_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with which the kernels' own tests run on a CPU
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the kernels' tests set it on a CPU
     assert_refused(NotImplementedError, "backend='triton' cannot run this call", "backend='eager'", backend="triton")
 
 

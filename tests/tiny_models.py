@@ -45,7 +45,7 @@ __all__ = [
 VOCABULARY = 64
 PRESETS = ("asentmax", "entmax", "ssmax", "adaptive_temperature", "topk_softmax")
 
-# 4 query heads on 2 key/value heads where the family knows them; windows shorter than the sequences of the tests.
+# 4 query heads on 2 key/value heads if the family has grouped heads; windows are shorter than the tests' sequences.
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -102,7 +102,7 @@ FAMILIES = tuple(_SETTINGS)
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    """A config of `family` with 2 layers, 4 heads and hidden size 32; `overrides` win."""
+    """A config of `family` with 2 layers, 4 heads and hidden size 32, changed by `overrides`."""
     config_class, settings = _SETTINGS[family]
     return config_class(**{**settings, **overrides})
 
@@ -116,10 +116,10 @@ def tiny_model(
     model_class: Any = AutoModelForCausalLM,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """A model from `tiny_config`, in eval mode, with weights drawn from `seed`; `flags` becomes config.asentmax.
+    """A model from `tiny_config` in eval mode, with weights drawn from `seed` and `flags` as config.asentmax.
 
-    Where the weights' names agree, two implementations of one family and seed have the same weights only after
-    ``load_state_dict``: parameters that one of them adds move the random numbers.
+    Two implementations of one family and seed have different weights, because additional parameters use random
+    numbers. Use ``load_state_dict`` to make their weights equal.
     """
     config = tiny_config(family, **overrides)
     if flags is not None:
@@ -131,7 +131,7 @@ def tiny_model(
 
 
 def perturb_scalings(model: torch.nn.Module, seed: int = 1) -> None:
-    """Move every length scaling off its (zero) start, so that tests see its projections at work."""
+    """Move every length scaling away from its initial values, so that its projections have an effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -141,7 +141,7 @@ def perturb_scalings(model: torch.nn.Module, seed: int = 1) -> None:
 
 
 def perturbed_model(family: str = "llama", name: str = "asentmax", flags: Any = None, **kwargs: Any) -> PreTrainedModel:
-    """`tiny_model` with its length scalings moved off their start."""
+    """`tiny_model` with its length scalings moved away from their initial values."""
     model = tiny_model(family, name, flags, **kwargs)
     perturb_scalings(model)
     return model
@@ -162,7 +162,7 @@ def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
 
 
 class _LosslessLayer(QuantizedLayer):
-    """What every quantized layer does (residual window, deferred reordering), with a quantizer that rounds nothing."""
+    """A quantized layer (residual window, deferred reordering) with a quantizer that does not round."""
 
     def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         return tensor.clone()
@@ -172,7 +172,7 @@ class _LosslessLayer(QuantizedLayer):
 
 
 def lossless_quantized_cache(model: PreTrainedModel, residual_length: int = 4) -> Cache:
-    """A quantized cache that needs no package and must give exactly what a plain cache gives."""
+    """A quantized cache that needs no package and must give the same results as a plain cache."""
     return Cache(
         layers=[_LosslessLayer(residual_length=residual_length) for _ in range(model.config.num_hidden_layers)]
     )

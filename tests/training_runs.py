@@ -23,7 +23,7 @@ def loss_of(model: Any, **kwargs: Any) -> torch.Tensor:
 
 
 class Rows(torch.utils.data.Dataset):
-    """Rows of one period of a fixed cycle of tokens: quick to learn, the same in every process."""
+    """Rows of a fixed cycle of tokens, which a model learns quickly."""
 
     def __len__(self) -> int:
         return 64

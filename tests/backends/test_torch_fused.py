@@ -54,7 +54,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 def case_of(name: str, kv_heads: int, dtype: torch.dtype, device: str = "cpu") -> tuple[list[torch.Tensor], Any, Any]:
-    """[query, key, value], the output's gradient, and the options of a case."""
+    """The tensors [query, key, value], the gradient of the output, and the options of a case."""
     q_len, kv_len, options = CASES[name]
     options = dict(options)
     batch, expanded = options.pop("batch", BATCH), options.pop("expanded", False)
@@ -78,7 +78,7 @@ def case_of(name: str, kv_heads: int, dtype: torch.dtype, device: str = "cpu") -
 
 
 def check(name: str, kv_heads: int, dtype: torch.dtype, device: str, tolerance: float) -> None:
-    """Output and gradients of a case against the definition in float64; exact zeros for rows without keys."""
+    """Check output and gradients of a case against the definition in float64, and exact zeros for rows without keys."""
     tensors, grad, options = case_of(name, kv_heads, dtype, device)
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     expected = entmax_attention(*exact, alpha=1.0, backend="eager", **options)
@@ -235,7 +235,7 @@ def softmax_model(**flags: Any) -> PreTrainedModel:
 
 
 def results_of(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits of tokens that are no padding, and all gradients of their loss in one vector."""
+    """The logits of the tokens that are not padding, and all gradients of their loss in one vector."""
     logits = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
     loss = torch.nn.functional.cross_entropy(logits.double(), ids[mask.bool()])
     grads = torch.autograd.grad(loss, list(model.parameters()))

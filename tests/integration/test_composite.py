@@ -51,7 +51,7 @@ def test_composite_model_saves_and_reloads(kind: str, tmp_path: Path):
 
 @pytest.mark.parametrize("kind", COMPOSITES)
 def test_composite_baseline_equals_its_own_sdpa(kind: str):
-    """Images that see both ways inside the text (Gemma 3) included."""
+    """Also for Gemma 3, where the tokens of an image see each other in both directions."""
     expected = COMPOSITES[kind]._from_config(composite_config(kind)).eval()
     flags = {"alpha": 1.0, "scaling": "none"}
     model = COMPOSITES[kind]._from_config(composite_config(kind, flags), attn_implementation=BY_PART).eval()

@@ -1,4 +1,4 @@
-"""The decoding kernels inside models (through Triton's interpreter without a GPU), and the bound that caches carry."""
+"""The decoding kernels inside models (in Triton's interpreter without a GPU), and the bound that caches carry."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ IDS = random_ids(2, 18)
 
 @pytest.fixture
 def decode_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether a bound came with each call of the kernels, which run from 13 keys on."""
+    """For each call of the kernels, whether it had a bound. The kernels run from 13 keys on."""
     calls: list[bool] = []
-    launching.forget()  # a call remembered from another test would be repeated without coming here
+    launching.forget()  # a recorded call of another test would be replayed without this function
     original = decode_launch.decode
 
     def counted(problem: Any, output: torch.Tensor, bound: torch.Tensor | None = None) -> None:
@@ -74,7 +74,7 @@ def test_each_step_equals_the_full_forward(
             start += size
     assert torch.allclose(torch.cat(steps, 1), full, atol=1e-5)
     if family == "llama":
-        # plain caches in both layers: ALiBi heads know the keys' norms, which a quantized cache would change
+        # Plain caches keep the norms of their keys. A quantized cache would change the keys.
         assert decode_calls == [kind != "quantized"] * 4
     assert decode_calls
 
@@ -113,7 +113,7 @@ def test_beams_and_assisted_decoding(decode_calls: list[bool], monkeypatch: pyte
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_compiled_static_cache_at_length(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA graphs, rows padded to the left: the same tokens as the dynamic cache and plain PyTorch."""
+    """With CUDA graphs and left padding, the tokens are those of the dynamic cache and of plain PyTorch."""
     model, ids = build(family), random_ids(3, 500).to(DEVICE)
     mask = torch.ones_like(ids)
     mask[0, :300] = 0
@@ -158,7 +158,7 @@ def test_where_no_bound_can_be_kept_there_is_none() -> None:
         key, _ = cache.update(new, new, 0)
         assert key_norm_bound(cache, 0, key, 3) is not None
     key, _ = cache.update(9 * new, new, 0)
-    assert key_norm_bound(cache, 0, key, 3) is None  # gradients: the record is dropped, and made anew
+    assert key_norm_bound(cache, 0, key, 3) is None  # with gradients enabled the record is dropped
     with torch.no_grad():
         key, _ = cache.update(new, new, 0)
         bound = key_norm_bound(cache, 0, key, 3)
@@ -178,7 +178,7 @@ def test_where_no_bound_can_be_kept_there_is_none() -> None:
 
 @torch.no_grad()
 def test_offloaded_layers_carry_no_bound() -> None:
-    """Their keys are elsewhere when the attention runs: on another device, here in another tensor."""
+    """The keys of an offloaded layer are on another device when the attention runs; here they are another tensor."""
     config, new = build("llama").config, torch.randn(2, 2, 3, 8)
     for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=40)):
         for _ in range(2):

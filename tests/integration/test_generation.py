@@ -1,4 +1,4 @@
-"""Token by token equals one full forward, with every cache and way of generating that runs on a CPU."""
+"""Generating token by token equals one full forward, for every cache and method that runs on a CPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IDS = random_ids(3, 12)
 MASK = torch.ones_like(IDS)
 MASK[0, :5] = 0
 MASK[1, :2] = 0
-# One row that repeats itself, padded to the left: what assisted decoding takes
+# One row that repeats itself, with left padding, because assisted decoding takes a batch of 1
 ROW = IDS[:1].repeat(1, 2)
 ROW_MASK = torch.ones_like(ROW)
 ROW_MASK[0, :3] = 0
@@ -41,7 +41,7 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, positi
 
 
 def largest_error(model: PreTrainedModel, ids: torch.Tensor = IDS, mask: torch.Tensor = MASK, **settings: Any) -> float:
-    """How far the logits of each step of greedy decoding are from one full forward over what came out."""
+    """The largest difference between the logits of greedy decoding and of one full forward over its output."""
     out = model.generate(
         ids,
         attention_mask=mask,
@@ -60,7 +60,7 @@ def largest_error(model: PreTrainedModel, ids: torch.Tensor = IDS, mask: torch.T
 
 
 def softmax_error(family: str, settings: Callable[[PreTrainedModel], dict[str, Any]]) -> Exception | None:
-    """What keeps transformers from generating in this way with an attention of its own."""
+    """The error, if any, that transformers raises for this generation with its own softmax attention."""
     model = tiny_model(family)
     try:
         model.generate(ROW, attention_mask=ROW_MASK, max_new_tokens=NEW, do_sample=False, **settings(model))
@@ -116,7 +116,7 @@ def test_logits_of_each_step_equal_the_full_forward(family: str, kind: str) -> N
     assert torch.allclose(torch.cat(steps, 1), full, atol=5e-6)
 
 
-# Caches that a user makes and passes: transformers' own, and one without a config, which keeps all keys of a window
+# Caches that a user makes and passes. The one without a config keeps all keys of a sliding window.
 MADE: dict[str, Callable[[PreTrainedModel], Cache]] = {
     "dynamic": lambda model: DynamicCache(config=model.config),
     "without a config": lambda model: DynamicCache(),
@@ -141,7 +141,7 @@ def test_a_cache_that_goes_on_from_an_earlier_turn(family: str, kind: str) -> No
 
 @pytest.mark.parametrize(("family", "kind"), FAMILY_AND_CACHE)
 def test_the_scaling_counts_the_visible_keys(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompt, steps and chunks behind left padding: each query's count is that of its row and its layer's window."""
+    """With left padding, the count of each query in prompts, steps and chunks follows its row and layer's window."""
     model = generating_model(family, NAPE)
     counts: list[torch.Tensor] = []
     original = forward.visible_count
@@ -167,7 +167,7 @@ def test_the_scaling_counts_the_visible_keys(family: str, kind: str, monkeypatch
         assert torch.equal(actual[MASK.bool()], expected[MASK.bool()])
 
 
-# The error that rounding the keys and values to so many bits may make in these models' logits (largest about 0.4)
+# The tolerance for the logits of these models (up to about 0.4) when keys and values are rounded to so many bits
 QUANTIZERS: dict[str, tuple[str | None, dict[str, Any], float]] = {
     "fp8": (None, {"backend": "fp8"}, 0.02),
     "quanto": ("optimum.quanto", {"backend": "quanto", "nbits": 4, "q_group_size": 8, "residual_length": 4}, 0.02),
@@ -191,7 +191,7 @@ def test_quantized_caches(family: str, quantizer: str) -> None:
 
     skip_what_softmax_cannot_do(family, settings)
     model = generating_model(family, NAPE)
-    assert 0.0 < largest_error(model, **settings(model)) < tolerance  # 0 would be another cache
+    assert 0.0 < largest_error(model, **settings(model)) < tolerance  # 0 would mean that the cache was not quantized
     assert largest_error(model, prefill_chunk_size=5, **settings(model)) < tolerance
 
 
@@ -239,7 +239,7 @@ def test_sampling_is_seeded_and_batched_rows_do_not_mix() -> None:
     model = generating_model("llama", NAPE)
     torch.manual_seed(3)
     first = model.generate(IDS, attention_mask=MASK, max_new_tokens=NEW, do_sample=True, top_k=1)
-    assert torch.equal(first, greedy(model, IDS, MASK))  # the only token left to sample
+    assert torch.equal(first, greedy(model, IDS, MASK))  # top_k=1 leaves one token to sample
     draws = []
     for _ in range(2):
         torch.manual_seed(4)
@@ -258,9 +258,9 @@ ASSISTED: dict[str, Callable[[str], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("way", ASSISTED)
 def test_assisted_decoding(family: str, way: str) -> None:
-    """Candidates are checked several at a time and taken back where they are wrong."""
+    """Several candidates are checked at a time, and the cache is cropped after wrong ones."""
     if way == "the model's first layer":
-        pytest.importorskip("transformers", minversion="5.23")  # older ones fail to crop the layers that were left out
+        pytest.importorskip("transformers", minversion="5.23")  # older versions fail to crop the skipped layers
     skip_what_softmax_cannot_do(family, lambda model: ASSISTED[way](family))
     model = generating_model(family, NAPE)
     assert largest_error(model, ROW, ROW_MASK, **ASSISTED[way](family)) < 5e-6
@@ -272,14 +272,14 @@ def test_weights_of_each_step() -> None:
 
 
 def test_guidance() -> None:
-    """Two sequences in two caches side by side."""
+    """Classifier-free guidance keeps two caches."""
     model = generating_model("llama", NAPE)
     settings = {"max_new_tokens": NEW, "do_sample": False, "guidance_scale": 1.5}
     expected = model.generate(IDS[2:], use_cache=False, **settings)
     assert torch.equal(model.generate(IDS[2:], **settings), expected)
 
 
-# What transformers refuses for any attention, or can't do without a GPU
+# Generation that transformers refuses for any attention, or cannot do without a GPU
 LIMITS: dict[str, tuple[str, Callable[[PreTrainedModel], dict[str, Any]]]] = {
     "offloaded": ("llama", lambda model: {"cache_implementation": "offloaded"}),
     "offloaded static": (
@@ -303,7 +303,7 @@ LIMITS: dict[str, tuple[str, Callable[[PreTrainedModel], dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_what_transformers_cannot_do_fails_as_for_softmax(limit: str) -> None:
-    """The same error for both; should transformers learn to do it, the same results as a full forward."""
+    """The same error as for softmax, or correct results if transformers learns to do it."""
     family, settings = LIMITS[limit]
     model = generating_model(family, NAPE)
     error = softmax_error(family, settings)
@@ -316,7 +316,7 @@ def test_what_transformers_cannot_do_fails_as_for_softmax(limit: str) -> None:
 
 @pytest.mark.slow
 def test_generate_with_a_compiled_static_cache() -> None:
-    """`generate` compiles by itself on a GPU, and on a CPU where it is told to."""
+    """`generate` compiles by default on a GPU, and here on a CPU."""
     compiled: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
@@ -332,7 +332,7 @@ def test_generate_with_a_compiled_static_cache() -> None:
 
 @pytest.mark.slow
 def test_static_cache_compiled() -> None:
-    """With Inductor, as users compile."""
+    """With Inductor, the default backend of torch.compile."""
     model = generating_model("llama", NAPE, num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     cache = StaticCache(config=model.config, max_cache_len=24)

@@ -1,4 +1,4 @@
-"""A row gives the same output alone, left-padded, right-padded, packed, or through a 4D mask."""
+"""A row has the same output alone, left-padded, right-padded, packed and with a 4D mask."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: Any) -> torch.Te
 
 
 def padded(side: str) -> tuple[torch.Tensor, torch.Tensor, slice]:
-    """Both rows in a batch, its mask, and where the first row's tokens stand."""
+    """A batch of both rows, its mask, and the slice of the first row's tokens."""
     filler = torch.full((1, 6), 63)
     first = [filler, FIRST] if side == "left" else [FIRST, filler]
     ids = torch.cat([torch.cat(first, 1), SECOND])
@@ -65,7 +65,7 @@ def test_a_mask_of_ones_changes_nothing(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_packed_by_positions(model: PreTrainedModel, training: bool) -> None:
-    """Also with the default use_cache=True, where transformers itself would let documents see each other."""
+    """Also with the default use_cache=True, for which transformers would let documents see each other."""
     ids = torch.cat([FIRST, SECOND], 1)
     positions = torch.cat([torch.arange(7), torch.arange(13)])[None]
     out = logits(model.train(training), ids, position_ids=positions)
@@ -124,7 +124,7 @@ def test_a_family_that_can_not_pack_says_so() -> None:
 def test_windows_and_packed_sequences_make_no_square_mask(
     family: str, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first key of each query says all there is, where nothing is padded, cached or compiled."""
+    """Without padding, cache and torch.compile, first keys describe the mask completely."""
     model = perturbed_model(family, "asentmax", {})
     ids = torch.cat([FIRST, SECOND], 1).repeat(2, 1)
     positions = torch.cat([torch.arange(7), torch.arange(13)]) if packed else torch.arange(20)
@@ -154,7 +154,7 @@ def test_windows_and_packed_sequences_make_no_square_mask(
 def test_the_mask_of_a_static_cache_s_step_is_transformers_own(
     padding: str | None, offset: int | torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Made in fewer launches, and equal."""
+    """The mask is equal and takes fewer launches."""
     length = {"left": 8, "longer": 11, "shorter": 5}.get(padding or "")
     mask = None if length is None else torch.arange(length)[None] >= torch.tensor([[0], [3]])
     arguments: dict[str, Any] = {
@@ -172,7 +172,7 @@ def test_the_mask_of_a_static_cache_s_step_is_transformers_own(
 
 
 def test_masks_of_other_kinds_stay_square() -> None:
-    """Only causality, windows and packed sequences are told by first keys."""
+    """First keys describe only causality, windows and packed sequences."""
     window = masking_utils.sliding_window_causal_mask_function(3)
     assert first_keys(window, 6, "cpu").tolist() == [[0, 0, 0, 1, 2, 3]]  # type: ignore[union-attr]
     packed = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0]]))
@@ -188,7 +188,7 @@ def test_masks_of_other_kinds_stay_square() -> None:
         masking_utils.and_masks(unordered, masking_utils.causal_mask_function),
         lambda batch, head, query, key: key <= query,
         partial(window),
-        *remapped,  # sequences not told apart
+        *remapped,  # the sequences are not separated
         masking_utils.and_masks(
             masking_utils.packed_sequence_mask_function(torch.zeros(1, 9)), window
         ),  # another length
@@ -227,7 +227,7 @@ def test_a_compiled_model_refuses_a_4d_mask_with_a_bias_too() -> None:
 
 
 def test_the_length_scaling_counts_visible_keys_and_not_positions() -> None:
-    """With gamma at work the output depends on n; a padded row must not count its padding."""
+    """The output depends on the number of visible keys, and a padded row must not count its padding."""
     model = perturbed_model("llama", "asentmax", {"positions": "nope"}, num_hidden_layers=1)
     ids, mask, place = padded("left")
     expected = logits(model, FIRST)

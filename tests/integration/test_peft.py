@@ -23,7 +23,7 @@ def lora(**overrides: Any) -> LoraConfig:
 
 
 def train_adapter(model: Any, steps: int = 3) -> None:
-    """A few steps on everything that requires gradients."""
+    """A few steps on all parameters that require gradients."""
     optimizer = torch.optim.AdamW(parameter_groups(model.train()), lr=1e-2)
     for _ in range(steps):
         loss_of(model).backward()
@@ -70,7 +70,7 @@ def test_lora_trains_only_its_adapter_and_reloads(
         alone = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
         torch.testing.assert_close(alone(input_ids=IDS).logits, expected, rtol=0, atol=0)
         if modules_to_save and Version(transformers.__version__) < Version("5.23"):
-            return  # transformers 5.17 loses modules_to_save of any model, softmax too, on this way
+            return  # transformers 5.17 loses modules_to_save of any model here
         through_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
         torch.testing.assert_close(through_transformers(input_ids=IDS).logits, expected, rtol=0, atol=0)
 
@@ -95,7 +95,7 @@ def test_lora_on_all_linear_layers_leaves_the_scalings_alone(base: Path):
 
 
 def test_lora_on_a_softmax_checkpoint_with_the_scalings_trained(tmp_path: Path):
-    """The usual conversion: a softmax model, its weights frozen, an adapter and the new parameters trained."""
+    """The usual conversion: the softmax model is frozen; an adapter and the new parameters are trained."""
     tiny_model("llama").save_pretrained(tmp_path / "softmax")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "softmax", attn_implementation="asentmax")
     adapted = get_peft_model(model, lora(modules_to_save=["length_scaling"]))

@@ -116,7 +116,7 @@ def test_config_file_with_few_flags_written_by_hand(checkpoint: tuple[Path, PreT
 def test_flags_that_do_not_fit_the_weights_say_so(
     checkpoint: tuple[Path, PreTrainedModel], transformers_log: list[str]
 ):
-    """From 2 scaled heads to 3: transformers names the parameters whose shapes differ."""
+    """With 3 scaled heads instead of 2, transformers names the parameters whose shapes differ."""
     path, _ = checkpoint
     edit_config_file(path, set_flag("alibi_heads", 1))
     with pytest.raises(RuntimeError, match=r"(?s)mismatch"):
@@ -151,7 +151,7 @@ _T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, 
 def test_models_that_are_refused(model_class: Any, config: Any, message: str, name: str):
     with pytest.raises(NotImplementedError, match=message):
         model_class._from_config(copy.deepcopy(config), attn_implementation=name)
-    model_class._from_config(copy.deepcopy(config))  # and is as it was
+    model_class._from_config(copy.deepcopy(config))  # still works without the plugin's attention
 
 
 def test_too_many_alibi_heads_for_the_model():

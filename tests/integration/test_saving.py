@@ -32,7 +32,7 @@ from tiny_models import PRESETS, perturb_scalings, perturbed_model, tiny_config,
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_reload_restores_every_variant(variant: str, tmp_path: Path):
-    """Bit-equal parameters and outputs, from the checkpoint alone."""
+    """The checkpoint alone restores bit-equal parameters and outputs."""
     model = perturbed_model("llama", *VARIANTS[variant])
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -161,7 +161,7 @@ def test_loading_through_the_meta_device(kwargs: dict[str, Any], checkpoint: tup
 
 
 def test_offloading_layers(checkpoint: tuple[Path, PreTrainedModel], tmp_path: Path):
-    """accelerate brings the parameters of one layer from the disk for its forward, those of the scalings too."""
+    """accelerate loads the parameters of a layer from the disk for its forward, including those of the scalings."""
     path, model = checkpoint
     places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
     places |= {"model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
@@ -197,7 +197,7 @@ def test_state_dict_moves_between_models():
 
 
 def test_push_to_hub_uploads_all_files(checkpoint: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch):
-    """The network replaced at huggingface_hub's API; everything above it is the real path."""
+    """huggingface_hub's API is replaced; all code above it is real."""
     from huggingface_hub import HfApi, RepoUrl
 
     _, model = checkpoint
@@ -222,7 +222,7 @@ def test_push_to_hub_uploads_all_files(checkpoint: tuple[Path, PreTrainedModel],
 
 
 def test_a_checkpoint_from_the_hub_is_saved_with_its_own_module(tmp_path: Path):
-    """Some versions prefix the entry of a downloaded checkpoint with its repository; ours must not point there."""
+    """Some versions prefix the auto_map entry with the repository; a saved checkpoint must not refer to it."""
     model = perturbed_model()
     model.config.auto_map = {"AutoConfig": "someone/tiny--configuration_hf_asentmax.ASEntmaxAutoConfig"}
     model.save_pretrained(tmp_path)

@@ -25,7 +25,7 @@ def test_loading_a_softmax_checkpoint_says_once_what_is_new(
     mentions = [message for message in transformers_log if "length_scaling" in message]
     assert len(mentions) == 1 and "MISSING" in mentions[0]
     assert all(kind in mentions[0] for kind in ("beta_weight", "beta_bias", "gamma_weight", "gamma_bias"))
-    # newly initialised by the plugin's own rule, not by the library's normal(0, 0.02) nor left as memory was
+    # initialised by the plugin, not by transformers' normal(0, 0.02), and not left uninitialised
     assert all((model.get_parameter(name) == 0).all() for name in names)
     expected = AutoModelForCausalLM.from_pretrained(softmax_checkpoint).state_dict()
     assert all(torch.equal(parameter, expected[name]) for name, parameter in model.named_parameters()
@@ -58,7 +58,7 @@ def test_the_start_from_a_softmax_checkpoint_in_bfloat16(softmax_checkpoint: Pat
 
 
 def test_softmax_models_stay_untouched(family: str, tmp_path: Path):
-    """Before and after an ASEntmax model of the same class: outputs, hooks, parameters, config.json."""
+    """Outputs, hooks, parameters and config.json are the same before and after building an ASEntmax model."""
     model = tiny_model(family)
     implementation = model.config._attn_implementation
     expected, keys = logits(model), list(model.state_dict())
@@ -82,7 +82,7 @@ def test_softmax_models_stay_untouched(family: str, tmp_path: Path):
 
 
 def test_one_config_object_for_both():
-    """transformers writes attn_implementation into the config it is given; neither model may turn into the other."""
+    """transformers writes attn_implementation into the config that it receives; no model may change another."""
     config = tiny_config("llama")
     softmax = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     expected_softmax = logits(softmax)
@@ -106,7 +106,7 @@ def test_one_config_object_with_two_presets():
 
 
 def test_a_config_changed_under_a_built_model_is_an_error():
-    """Set directly, the choice does live on the shared object: better an error than a silent softmax."""
+    """An implementation that is set directly is on the shared object; changing it raises an error."""
     config = LlamaConfig(**tiny_config("llama").to_dict())
     config._attn_implementation = "asentmax"
     model = LlamaForCausalLM(config)

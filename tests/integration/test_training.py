@@ -42,7 +42,7 @@ def training_model(family: str = "llama", flags: Any = None, name: str = "asentm
 
 
 def test_gradients_reach_everything_from_the_first_step(family: str):
-    """beta and gamma start at zero projections, and still move at once; without learned positions under NAPE."""
+    """The projections of beta and gamma start at zero and still receive gradients."""
     model = tiny_model(family, "asentmax", NAPE).train()
     loss_of(model).backward()
     for name, parameter in model.named_parameters():
@@ -56,7 +56,7 @@ def test_gradients_reach_everything_from_the_first_step(family: str):
 
 @pytest.mark.parametrize("scaling", ["ssmax", "learned", "asentmax"])
 def test_gradients_of_a_scaling_match_finite_differences(scaling: str):
-    """In float64, through a whole model whose norms don't round to float32 as RMSNorm does."""
+    """In float64, through a whole GPT-2, whose norms do not round to float32 as RMSNorm does."""
     model = training_model("gpt2", flags={"scaling": scaling}, dtype=torch.float64)
     loss_of(model).backward()
     for name in sorted(scaling_names(model)):
@@ -252,7 +252,7 @@ def test_trainer_end_to_end(family: str, bf16: bool, tmp_path: Path):
     assert reloaded.config._attn_implementation == "asentmax"
     for name, parameter in model.named_parameters():
         assert torch.equal(reloaded.get_parameter(name), parameter), name
-    if not bf16:  # after bf16 training transformers' model keeps its autocast
+    if not bf16:  # after bf16 training the model keeps its autocast
         with torch.no_grad():
             assert torch.equal(reloaded(IDS).logits, model.eval()(IDS).logits)
 
@@ -287,7 +287,7 @@ def test_resume_gives_the_same_losses(family: str, tmp_path: Path):
     assert resumed_losses == {step: losses[step] for step in (4, 5, 6)}
     for name, parameter in model.named_parameters():
         assert torch.equal(other.get_parameter(name), parameter), name
-    # and the checkpoint is a model by itself
+    # the checkpoint of a step is a complete model
     middle = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
     assert middle.config._attn_implementation == "asentmax" and middle.config.asentmax["positions"] == "nape"
 

@@ -118,7 +118,7 @@ print(json.dumps(result, default=str))
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], PreTrainedModel]:
-    """What transformers without the plugin (but with the package installed) makes of our checkpoints."""
+    """The results of loading the plugin's checkpoints in transformers with the package installed but not imported."""
     home = tmp_path_factory.mktemp("stock")
     model = perturbed_model(flags={"positions": "nape"})
     model.save_pretrained(home / "asentmax")
