@@ -1,10 +1,10 @@
-"""Fixtures that all tests share: a model builder, and a process that is quiet, offline and on one thread."""
+"""Settings and fixtures of all tests: offline, one thread, seeded, and the log of transformers."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 # Set before transformers is imported: no test uses the network.
@@ -18,10 +18,9 @@ if not torch.cuda.is_available():
     # Kernels run in Triton's interpreter, which must be chosen before anything imports Triton (transformers does).
     os.environ["TRITON_INTERPRET"] = "1"
 
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from tiny_models import FAMILIES, tiny_config, tiny_model
+from tiny_models import FAMILIES
 
 torch.set_num_threads(1)
 
@@ -44,16 +43,6 @@ def _no_accelerator_from_another_test() -> Iterator[None]:
 def family(request: pytest.FixtureRequest) -> str:
     """Each model family in turn."""
     return str(request.param)
-
-
-@pytest.fixture
-def make_config() -> Callable[..., PreTrainedConfig]:
-    return tiny_config
-
-
-@pytest.fixture
-def make_model() -> Callable[..., PreTrainedModel]:
-    return tiny_model
 
 
 @pytest.fixture

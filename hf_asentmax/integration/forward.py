@@ -91,7 +91,8 @@ def asentmax_attention_forward(
         # Without a cache layer_idx is not read: torch.compile would compile every layer again.
         key_norm_bound=None if cache is None else key_norm_bound(cache, getattr(module, "layer_idx", None), key, q_len),
     )
-    query, key, value = _one_dtype(query, key, value)
+    if not query.dtype == key.dtype == value.dtype:
+        query, key, value = _one_dtype(query, key, value)
     if attention_mask is None and masks.is_causal and 1 < q_len < key.shape[2]:
         # A prompt was written to an empty static cache. transformers passes no mask for it, and the slots after the
         # prompt are not filled yet.
@@ -196,9 +197,7 @@ def _slopes(settings: AttentionSettings, device: torch.device) -> torch.Tensor |
 def _one_dtype(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The tensors in one type. Under autocast, rotary positions leave query and key in float32, but not value."""
-    if query.dtype == key.dtype == value.dtype:
-        return query, key, value
+    """The tensors in autocast's type, or in value's type. Rotary positions leave only query and key in float32."""
     device_type = query.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
     return query.to(dtype), key.to(dtype), value.to(dtype)
