@@ -108,7 +108,7 @@ def test_explicit_flag_wins_over_the_preset(name: str, flags: dict[str, Any], ex
 
 
 def test_a_default_that_was_not_given_does_not_win():
-    """ASEntmaxConfig() does not override `ssmax`: its alpha of 1.5 is a default that nobody gave."""
+    """ASEntmaxConfig() does not override `ssmax`: its alpha of 1.5 is a default and was not given."""
     assert ASEntmaxConfig.from_preset("ssmax", ASEntmaxConfig(positions="nope")).alpha == 1.0
 
 

@@ -52,7 +52,7 @@ def test_ssmax_numbers():
 @pytest.mark.parametrize(
     ("beta_bias", "gamma_bias", "gamma_range", "delta", "visible", "expected"),
     [
-        # gamma = 0: 1 + log 2 whatever the length
+        # gamma = 0: 1 + log 2 at any length
         (0.0, 0.0, 2.0, 1.0, 1, 1.693147),
         (0.0, 0.0, 2.0, 1.0, 1000, 1.693147),
         # softplus(1) = 1.313262, 2 tanh(0.5) = 0.924234, log(10)^0.924234 = 2.161583: 1 + 1.313262 * 2.161583

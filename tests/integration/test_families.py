@@ -75,7 +75,7 @@ def test_no_preset_is_the_models_own_softmax(family: str, preset: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", UNNAMED)
-def test_families_that_nobody_named(model_type: str) -> None:
+def test_families_covered_by_the_general_rule(model_type: str) -> None:
     def build(implementation: str, flags: Any = None) -> PreTrainedModel:
         config = AutoConfig.for_model(
             model_type,

@@ -256,14 +256,14 @@ ASSISTED: dict[str, Callable[[str], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("way", ASSISTED)
-def test_assisted_decoding(family: str, way: str) -> None:
+@pytest.mark.parametrize("method", ASSISTED)
+def test_assisted_decoding(family: str, method: str) -> None:
     """Several candidates are checked at a time, and the cache is cropped after wrong ones."""
-    if way == "the model's first layer":
+    if method == "the model's first layer":
         pytest.importorskip("transformers", minversion="5.23")  # older versions fail to crop the skipped layers
-    skip_what_softmax_cannot_do(family, lambda model: ASSISTED[way](family))
+    skip_what_softmax_cannot_do(family, lambda model: ASSISTED[method](family))
     model = generating_model(family, NAPE)
-    assert largest_error(model, ROW, ROW_MASK, **ASSISTED[way](family)) < 5e-6
+    assert largest_error(model, ROW, ROW_MASK, **ASSISTED[method](family)) < 5e-6
 
 
 def test_weights_of_each_step() -> None:
