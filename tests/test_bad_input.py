@@ -373,3 +373,20 @@ def test_options_are_keywords_only():
 def test_unknown_options_are_refused():
     with pytest.raises(TypeError, match=re.escape("unexpected keyword argument 'causal'")):
         entmax_attention(**tensors(), causal=True)
+
+
+# --- key_norm_bound
+
+
+@pytest.mark.parametrize(
+    ("bound", "error", "parts"),
+    [
+        (torch.ones(BATCH, KV_HEADS, dtype=torch.int64), TypeError, ("floating point tensor", "torch.int64")),
+        ([1.0, 1.0], TypeError, ("floating point tensor", "list")),
+        (torch.ones(KV_HEADS), ValueError, ("(2 or 1, 2), got (2,)",)),
+        (torch.ones(BATCH, HEADS), ValueError, ("(2 or 1, 2), got (2, 4)",)),
+        (torch.ones(1, KV_HEADS, device="meta"), ValueError, ("must be on key's device cpu, got meta",)),
+    ],
+)
+def test_key_norm_bound(bound: Any, error: type[Exception], parts: tuple[str, ...]):
+    assert_refused(error, "key_norm_bound", *parts, key_norm_bound=bound)
