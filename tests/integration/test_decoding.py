@@ -79,7 +79,7 @@ def test_each_step_equals_the_full_forward(
     assert decode_calls
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
 def test_left_padding(cache: str, decode_calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = build("llama"), IDS.to(DEVICE)
     mask = torch.ones_like(ids)

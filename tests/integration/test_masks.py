@@ -253,7 +253,10 @@ def test_padding_does_not_leak_into_gradients(side: str) -> None:
         assert torch.allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize(("family", "call"), [("llama", "ids"), ("gpt2", "positional"), ("gpt_neox", "embeds")])
+@pytest.mark.parametrize(
+    ("family", "call"),
+    [("llama", "ids"), ("gpt2", "positional"), pytest.param("gpt_neox", "embeds", marks=pytest.mark.slow)],
+)
 def test_a_compiled_model_without_positions_makes_no_square_mask(
     family: str, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

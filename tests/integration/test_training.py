@@ -232,7 +232,9 @@ def test_an_alpha_that_does_not_fit_is_refused(implementation: str, alpha: float
 # --- Trainer
 
 
-@pytest.mark.parametrize(("family", "bf16"), [("llama", True), ("gpt2", True), ("llama", False)])
+@pytest.mark.parametrize(
+    ("family", "bf16"), [("llama", True), pytest.param("gpt2", True, marks=pytest.mark.slow), ("llama", False)]
+)
 def test_trainer_end_to_end(family: str, bf16: bool, tmp_path: Path):
     """Gradient checkpointing and accumulation, bf16 autocast, save, reload."""
     model = tiny_model(family, "asentmax", NAPE).train()
@@ -275,7 +277,7 @@ def test_accumulated_steps_equal_one_large_step(tmp_path: Path):
         torch.testing.assert_close(parameters[1][name], parameter, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_resume_gives_the_same_losses(family: str, tmp_path: Path):
     model = tiny_model(family, "asentmax", NAPE).train()
     trainer, losses = make_trainer(model, tmp_path, save_strategy="steps", save_steps=3)
