@@ -1,6 +1,6 @@
 """Sparse attention for Hugging Face Transformers: alpha-entmax, ASEntmax length scaling and NAPE positions.
 
-Importing the package registers its presets with transformers; see `ASEntmaxConfig` for the flags.
+Importing the package registers its presets with transformers. `ASEntmaxConfig` describes the flags.
 """
 
 from .attention import entmax_attention

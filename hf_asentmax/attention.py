@@ -1,4 +1,4 @@
-"""The one public attention function, and the choice of the backend that runs a call."""
+"""The public attention function, and the choice of the backend that runs a call."""
 
 from __future__ import annotations
 
@@ -33,49 +33,49 @@ def entmax_attention(
     key_norm_bound: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    r"""Attention by alpha-entmax: irrelevant keys get a weight of exactly zero.
+    r"""Attention with alpha-entmax instead of softmax: irrelevant keys get a weight of exactly zero.
 
     .. math::
         z_{ij} = \mathrm{scale}\, q_i^\top k_j - m_h |i - j|, \quad
         p_{ij} = [(\alpha-1) z_{ij} - \tau_i]_+^{1/(\alpha-1)}, \quad o_i = \sum_j p_{ij} v_j
 
-    over the keys that query i sees, with tau_i such that each row sums to 1 ("Long-Context Generalization with Sparse
-    Attention", section 2; alpha-entmax: Peters, Niculae & Martins 2019). Queries align to the end of the keys: query i
-    stands at key i + kv_len - q_len. The masks given are intersected. A query that sees no key gets zeros, and sends
-    zero gradients.
+    The sums run over the keys that query i sees, and the threshold tau_i makes each row of weights sum to 1
+    ("Long-Context Generalization with Sparse Attention", section 2; alpha-entmax: Peters, Niculae & Martins 2019).
+    Queries align to the end of the keys: query i has the position of key i + kv_len - q_len. A query sees a key if
+    every given mask allows it. A query that sees no key gets zeros and sends zero gradients.
 
     Args:
         query: (batch, heads, q_len, head_dim), float.
-        key: (batch, kv_heads, kv_len, head_dim), of query's type and device, heads a multiple of kv_heads.
-        value: (batch, kv_heads, kv_len, value_dim), likewise.
+        key: (batch, kv_heads, kv_len, head_dim), in query's type and on its device. heads is a multiple of kv_heads.
+        value: (batch, kv_heads, kv_len, value_dim), in query's type and on its device.
         alpha: from 1 (softmax) to 2 (sparsemax).
-        scale: factor on q k^T; default 1/sqrt(head_dim).
-        is_causal: query i sees no key after its own.
-        attention_mask: (batch, kv_len), true (or non-zero) where the key is no padding; or boolean
-            (batch, 1 or heads, q_len, kv_len), true where the query sees the key.
-        alibi_slopes: (heads,) float >= 0, ALiBi's m_h per unit of distance (0 for a head without).
-        cu_seqlens: (sequences + 1,) int32 or int64, boundaries of sequences packed into one row of batch 1, from 0 to
-            kv_len; a query sees its own sequence only.
-        sliding_window: a query sees keys less than this far away.
-        key_start: (batch or 1, q_len) int32, the first key that each query may see: documents packed into the rows of a
-            batch, or windows of any kind, in memory linear in the length.
+        scale: the factor on q k^T, by default 1/sqrt(head_dim).
+        is_causal: whether a query sees no key after its own position.
+        attention_mask: (batch, kv_len) bool or integer, true (non-zero) where the key is not padding; or
+            (batch, 1 or heads, q_len, kv_len) bool, true where the query sees the key.
+        alibi_slopes: (heads,) float >= 0, ALiBi's slope m_h per unit of distance; 0 for a head without ALiBi.
+        cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of sequences packed into one row of batch 1, from 0
+            to kv_len. A query sees its own sequence only.
+        sliding_window: a query sees only keys at a distance below this number.
+        key_start: (batch or 1, q_len) int32, the first key that each query may see. It describes documents packed into
+            the rows of a batch, or windows of any kind, in memory linear in the length.
         softcap: c, for c tanh(score / c) before ALiBi (Gemma 2).
-        key_norm_bound: (batch or 1, kv_heads) float, at least the norm of every key, as one keeps it with a cache.
-            Decoding then reads no key that ALiBi puts too far away to have a weight. The result is the same; too
-            small a bound makes it wrong.
-        backend: "eager" (plain PyTorch, any device, float64 too), "triton" (CUDA kernels for alpha >= 1.05), "torch"
-            (PyTorch's own fused softmax for alpha = 1 on a GPU: scaled_dot_product_attention or FlexAttention), or
-            "auto": torch or triton where they can, else eager, saying so once on a GPU.
+        key_norm_bound: (batch or 1, kv_heads) float, an upper bound on the norms of the keys, kept with a cache.
+            With it, decoding skips keys that ALiBi puts too far away to have a weight. A valid bound does not change
+            the result; a bound that is too small makes it wrong.
+        backend: "eager" (plain PyTorch, any device, also float64); "triton" (CUDA kernels for alpha >= 1.05); "torch"
+            (PyTorch's fused softmax for alpha = 1 on a GPU: scaled_dot_product_attention or FlexAttention); or "auto":
+            triton or torch where they can run the call, otherwise eager, with one warning on a GPU.
 
     Returns:
-        (batch, heads, q_len, value_dim), of query's type.
+        (batch, heads, q_len, value_dim), in query's type.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape or range; the message says what was expected.
-        NotImplementedError: backend="triton" or "torch" where these kernels can't do what was asked.
+        TypeError, ValueError: an argument has a wrong type, shape or range; the message says what was expected.
+        NotImplementedError: backend="triton" or "torch" cannot run this call; the message says why.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
     masks = Masks(is_causal, attention_mask, sliding_window, cu_seqlens, key_start)
     scoring = Scoring(scale, alpha, None, softcap, alibi_slopes, key_norm_bound)
     output, _ = attend(Call.checked(query, key, value, masks, scoring), backend)
@@ -83,18 +83,18 @@ def entmax_attention(
 
 
 def attend(call: Call, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The output of a checked call by a backend, and the weights if the call asks for them.
+    """Run a checked call with a backend.
 
     Args:
-        call: the call.
+        call: a call from `Call.checked`.
         backend: as for `entmax_attention`.
 
     Returns:
-        The output (batch, heads, q_len, value_dim) in query's type, and the weights (batch, heads, q_len, kv_len) or
-        None.
+        The output (batch, heads, q_len, value_dim) in query's type, and the weights (batch, heads, q_len, kv_len) if
+        the call asks for them, else None.
 
     Raises:
-        NotImplementedError: backend="triton" or "torch" where these kernels cannot run the call.
+        NotImplementedError: backend="triton" or "torch" cannot run this call.
     """
     chosen = backend if backend != "auto" else _fastest(call)
     if chosen == "eager":
@@ -104,13 +104,13 @@ def attend(call: Call, backend: str = "auto") -> tuple[torch.Tensor, torch.Tenso
     if reason is None:
         return kernels.attention(call), None
     if backend != "auto":
-        raise NotImplementedError(f"backend={backend!r} can't run this call: {reason}")
+        raise NotImplementedError(f"backend={backend!r} cannot run this call: {reason}")
     _warn_once(f"hf_asentmax runs this attention in plain PyTorch (slow, memory square in the length): {reason}")
     return eager.attention(call)
 
 
 def _fastest(call: Call) -> str:
-    """The backend that "auto" tries."""
+    """The backend that "auto" tries first."""
     if call.query.device.type != "cuda":
         return "eager"
     return "torch" if call.scoring.alpha == 1.0 else "triton"

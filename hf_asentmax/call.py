@@ -1,12 +1,12 @@
-r"""Call: one attention call, with everything that decides its result. It is built and checked once, here.
+r"""Call: one attention call with everything that decides its result, built and checked once.
 
-The definition that every backend computes, for query i and the keys j that it sees:
+Every backend computes this definition, for query i and the keys j that it sees:
 
 .. math::
     z_{ij} = \mathrm{softcap}(\mathrm{scale}\, q_i^\top k_j) - m_h |i - j|, \quad
     p_i = \mathrm{mapping}(z_i), \quad o_i = \sum_j p_{ij} v_j
 
-Queries align to the end of the keys: query i stands at key i + kv_len - q_len.
+Queries align to the end of the keys: query i has the position of key i + kv_len - q_len.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ __all__ = ["Call", "Scoring"]
 
 @dataclass(frozen=True)
 class Scoring:
-    """How the products of queries and keys become scores, and scores become weights.
+    """How products of queries and keys become scores, and how scores become weights.
 
     Attributes:
-        scale: the factor on q k^T; None stands for 1 / sqrt(head_dim), which `Call.checked` fills in.
-        alpha: of alpha-entmax, from 1 (softmax) to 2 (sparsemax).
-        mapping: a mapping from scores to weights that replaces alpha-entmax; only the eager backend has these.
+        scale: the factor on q k^T. None stands for 1/sqrt(head_dim), which `Call.checked` fills in.
+        alpha: the alpha of alpha-entmax, from 1 (softmax) to 2 (sparsemax).
+        mapping: a mapping from scores to weights that replaces alpha-entmax; only the eager backend supports one.
         softcap: c, for c tanh(score / c) before ALiBi.
-        alibi_slopes: (heads,) float, m_h per unit of distance; 0 for a head without ALiBi.
-        key_norm_bound: (batch or 1, kv_heads) float, at least the norm of every key. It changes no result.
+        alibi_slopes: (heads,) float, the slope m_h per unit of distance; 0 for a head without ALiBi.
+        key_norm_bound: (batch or 1, kv_heads) float, an upper bound on the norms of the keys. It saves work and does
+            not change the result.
     """
 
     scale: float | None = None
@@ -45,16 +46,16 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call. `Call.checked` is the way to make one.
+    """One attention call. Make one with `Call.checked`.
 
     Attributes:
         query: (batch, heads, q_len, head_dim).
         key: (batch, kv_heads, kv_len, head_dim).
         value: (batch, kv_heads, kv_len, value_dim).
         masks: which keys each query may see.
-        scoring: how scores and weights are made.
-        dropout: probability of dropping a weight; only the eager backend has it.
-        return_weights: whether the weights are returned too; only the eager backend can.
+        scoring: how scores and weights are computed.
+        dropout: the probability of dropping a weight; only the eager backend supports it.
+        return_weights: whether the weights are returned too; only the eager backend supports it.
     """
 
     query: torch.Tensor
@@ -77,10 +78,10 @@ class Call:
         dropout: float = 0.0,
         return_weights: bool = False,
     ) -> Call:
-        """The call, after a check of every argument.
+        """The call, after checking every argument.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type, shape or range; the message says what was expected,
+            TypeError, ValueError: an argument has a wrong type, shape or range; the message says what was expected,
                 what came, and what to do.
         """
         check_alpha(scoring.alpha)
@@ -89,7 +90,8 @@ class Call:
         q_len, kv_len = query.shape[2], key.shape[2]
         if q_len > kv_len and (masks.is_causal or masks.sliding_window is not None or masks.cu_seqlens is not None):
             raise ValueError(
-                f"a causal, windowed or packed query of length {q_len} needs at least as many keys, got {kv_len}"
+                f"a causal, windowed or packed query of length {q_len} needs at least as many keys, got {kv_len}; "
+                "for fewer keys than queries pass is_causal=False and neither sliding_window nor cu_seqlens"
             )
         attention_mask = _checked_attention_mask(masks.attention_mask, query, kv_len)
         _check_alibi_slopes(scoring.alibi_slopes, query)
@@ -109,7 +111,7 @@ class Call:
 
     @property
     def scale(self) -> float:
-        """The factor on q k^T."""
+        """The factor on q k^T, which `checked` has filled in."""
         assert self.scoring.scale is not None
         return self.scoring.scale
 
@@ -132,7 +134,7 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
             )
         if tensor.dtype != query.dtype or tensor.device != query.device:
             raise ValueError(
-                "query, key and value must share one type and device, got "
+                "query, key and value must have the same type and device, got "
                 f"query {query.dtype} on {query.device}, {name} {tensor.dtype} on {tensor.device}"
             )
     batch, heads, _, head_dim = query.shape
@@ -143,13 +145,13 @@ def _check_tensors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) 
             f"(batch, kv_heads, kv_len, value_dim), got {tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
         )
     if kv_heads == 0 or heads % kv_heads != 0:
-        raise ValueError(f"query's heads must be a multiple of key's, got {heads} and {kv_heads}")
+        raise ValueError(f"query's heads must be a multiple of key's heads, got {heads} and {kv_heads}")
     if kv_len == 0:
         raise ValueError("key has length 0; attention needs at least one key")
 
 
 def _is_number(value: object, low: float, high: float) -> bool:
-    """Whether value is a number strictly between low and high, which NaN is not."""
+    """Whether value is a number strictly between low and high. NaN is not."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and low < value < high
 
 
@@ -167,12 +169,12 @@ def _check_scalars(masks: Masks, scoring: Scoring) -> None:
 
 
 def _values_can_be_read(tensor: torch.Tensor) -> bool:
-    """Whether checking a tensor's values is free: on a GPU the host would wait, in a compiled graph it would break."""
+    """Whether reading a tensor's values is cheap: it synchronises with a GPU, and it breaks a compiled graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _kind(value: object) -> str:
-    """What came instead of a tensor, or a tensor's type, for a message."""
+    """A tensor's type, or the class of anything else, for an error message."""
     return str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
 
 
@@ -182,9 +184,9 @@ def _checked_attention_mask(mask: torch.Tensor | None, query: torch.Tensor, kv_l
         return None
     batch, heads, q_len, _ = query.shape
 
-    def expected() -> str:  # only where it is raised: a message with lengths would tie a compiled graph to them
+    def expected() -> str:  # formatted only for an error: a compiled graph would otherwise depend on these lengths
         return (
-            f"attention_mask must be ({batch}, {kv_len}) padding (bool or integer), or bool "
+            f"attention_mask must be a padding mask ({batch}, {kv_len}), bool or integer, or a bool mask "
             f"({batch}, 1 or {heads}, {q_len}, {kv_len})"
         )
 
@@ -198,9 +200,9 @@ def _checked_attention_mask(mask: torch.Tensor | None, query: torch.Tensor, kv_l
     if not fits:
         raise ValueError(f"{expected()}, got {tuple(mask.shape)}")
     if mask.is_floating_point() or (mask.ndim == 4 and mask.dtype != torch.bool):
-        raise TypeError(f"{expected()}, got {mask.dtype}; an additive mask has to be compared first: mask == 0")
+        raise TypeError(f"{expected()}, got {mask.dtype}; convert an additive mask first: mask == 0")
     if mask.device != query.device:
-        raise ValueError(f"attention_mask is on {mask.device}, query on {query.device}")
+        raise ValueError(f"attention_mask must be on query's device {query.device}, got {mask.device}")
     return mask.to(torch.bool)
 
 
@@ -211,9 +213,9 @@ def _check_alibi_slopes(slopes: torch.Tensor | None, query: torch.Tensor) -> Non
     if not isinstance(slopes, torch.Tensor) or not slopes.is_floating_point():
         raise TypeError(f"alibi_slopes must be a floating point tensor of shape (heads,), got {_kind(slopes)}")
     if tuple(slopes.shape) != (heads,):
-        raise ValueError(f"alibi_slopes must have one slope a head, ({heads},), got {tuple(slopes.shape)}")
+        raise ValueError(f"alibi_slopes must have one slope per head, ({heads},), got {tuple(slopes.shape)}")
     if slopes.device != device:
-        raise ValueError(f"alibi_slopes is on {slopes.device}, query on {device}")
+        raise ValueError(f"alibi_slopes must be on query's device {device}, got {slopes.device}")
     if _values_can_be_read(slopes) and not bool(((slopes >= 0) & (slopes < torch.inf)).all()):
         raise ValueError(f"alibi_slopes must be finite and at least 0, got {slopes.tolist()}")
 
@@ -226,10 +228,10 @@ def _check_key_norm_bound(bound: torch.Tensor | None, key: torch.Tensor) -> None
         raise TypeError(f"key_norm_bound must be a floating point tensor, got {_kind(bound)}")
     if tuple(bound.shape) not in ((batch, kv_heads), (1, kv_heads)):
         raise ValueError(
-            f"key_norm_bound must be ({batch} or 1, {kv_heads}), one norm a key head, got {tuple(bound.shape)}"
+            f"key_norm_bound must have one norm per key head, ({batch} or 1, {kv_heads}), got {tuple(bound.shape)}"
         )
     if bound.device != key.device:
-        raise ValueError(f"key_norm_bound is on {bound.device}, key on {key.device}")
+        raise ValueError(f"key_norm_bound must be on key's device {key.device}, got {bound.device}")
 
 
 def _check_key_start(key_start: torch.Tensor | None, query: torch.Tensor) -> None:
@@ -240,10 +242,10 @@ def _check_key_start(key_start: torch.Tensor | None, query: torch.Tensor) -> Non
         raise TypeError(f"key_start must be an int32 tensor of shape (batch or 1, q_len), got {_kind(key_start)}")
     if key_start.ndim != 2 or key_start.shape[0] not in (1, batch) or key_start.shape[1] != q_len:
         raise ValueError(
-            f"key_start must be (batch or 1, q_len), the query is {tuple(query.shape)}, got {tuple(key_start.shape)}"
+            f"key_start must be (batch or 1, q_len) = ({batch} or 1, {q_len}), got {tuple(key_start.shape)}"
         )
     if key_start.device != query.device:
-        raise ValueError(f"key_start is on {key_start.device}, query on {query.device}")
+        raise ValueError(f"key_start must be on query's device {query.device}, got {key_start.device}")
 
 
 def _check_cu_seqlens(cu_seqlens: torch.Tensor | None, query: torch.Tensor, kv_len: int) -> None:
@@ -254,15 +256,17 @@ def _check_cu_seqlens(cu_seqlens: torch.Tensor | None, query: torch.Tensor, kv_l
             f"cu_seqlens must be an int32 or int64 tensor of shape (sequences + 1,), got {_kind(cu_seqlens)}"
         )
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 2:
-        raise ValueError(f"cu_seqlens must be (sequences + 1,), at least 2 long, got {tuple(cu_seqlens.shape)}")
+        raise ValueError(
+            f"cu_seqlens must be (sequences + 1,), with at least 2 boundaries, got {tuple(cu_seqlens.shape)}"
+        )
     if query.shape[0] != 1 or query.shape[2] != kv_len:
         raise ValueError(
-            "cu_seqlens packs sequences into batch 1 with as many queries as keys, got "
+            "cu_seqlens describes sequences packed into batch 1, with as many queries as keys, got "
             f"batch {query.shape[0]}, q_len {query.shape[2]}, kv_len {kv_len}"
         )
     if cu_seqlens.device != query.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}, query on {query.device}")
+        raise ValueError(f"cu_seqlens must be on query's device {query.device}, got {cu_seqlens.device}")
     if _values_can_be_read(cu_seqlens):
         steps = cu_seqlens.diff()
         if cu_seqlens[0] != 0 or cu_seqlens[-1] != kv_len or bool((steps < 0).any()):
-            raise ValueError(f"cu_seqlens must rise from 0 to kv_len = {kv_len}, got {cu_seqlens.tolist()}")
+            raise ValueError(f"cu_seqlens must increase from 0 to kv_len = {kv_len}, got {cu_seqlens.tolist()}")

@@ -1,4 +1,4 @@
-"""ASEntmaxConfig: every flag of the attention, its meaning and range; presets; to and from config.json."""
+"""ASEntmaxConfig: the flags of the attention with their meanings and ranges, and the presets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SCALINGS = ("none", "ssmax", "asentmax", "learned", "adaptive_temperature")
 POSITIONS = ("model", "nope", "alibi", "nape")
 ALIBI_SLOPES = ("harmonic", "geometric")
 
-# What each `attn_implementation` stands for. A flag that is given explicitly wins over the preset.
+# The flags that each `attn_implementation` stands for. A flag that is given explicitly overrides the preset.
 PRESETS: dict[str, dict[str, Any]] = {
     "asentmax": {"alpha": 1.5, "scaling": "asentmax"},
     "entmax": {"alpha": 1.5, "scaling": "none"},
@@ -28,32 +28,36 @@ class ASEntmaxConfig:
 
     Set it on a model's config before the model is built::
 
-        config.asentmax = ASEntmaxConfig(alpha=1.5, scaling="asentmax", positions="nape")   # or a plain dict
+        config.asentmax = ASEntmaxConfig(positions="nape")  # or a dict of flags
         model = AutoModelForCausalLM.from_config(config, attn_implementation="asentmax")
 
-    A flag left out (or None) comes from the preset that ``attn_implementation`` names: `asentmax`, `entmax`, `ssmax`,
-    `adaptive_temperature` or `topk_softmax`; built without one, from `asentmax`.
+    A flag that is left out (or None) comes from the preset that ``attn_implementation`` names: `asentmax`, `entmax`,
+    `ssmax`, `adaptive_temperature` or `topk_softmax`. Without an ``attn_implementation`` it comes from `asentmax`.
 
     Attributes:
-        alpha: the mapping from scores to weights, alpha-entmax: 1 is softmax, 1.5 the method's own, 2 sparsemax.
-        scaling: the factor on query i's scores, n_i being the number of keys that it sees.
-            ``none``: 1. ``ssmax``: s_h log n_i, one learned s per head (Nakanishi 2025). ``asentmax``: delta +
-            beta (log(1 + n_i))^gamma, beta and gamma learned projections of the layer's input. ``learned``: the same
-            with one learned beta and gamma per head. ``adaptive_temperature``: a function of the softmax row's
-            entropy, outside of training only, without parameters (Velickovic et al. 2024; alpha = 1 only).
-        delta: the constant of `asentmax` and `learned`, >= 0, default 1 (None for the other scalings).
-        gamma_range: gamma = gamma_range * tanh(...) of `asentmax`, > 0, default 2 (None for the other scalings).
-        positions: ``model``: whatever the model has. ``nope``: none. ``alibi``: every head ALiBi. ``nape``: ALiBi on
-            the first `alibi_heads` heads, none on the others, which alone are scaled. All but ``model`` switch the
-            model's own positions off.
-        alibi_heads: how many heads have ALiBi under `nape`, default half of them (None for other positions).
-        alibi_slopes: ``harmonic``, head h has slope 1/h, or ``geometric``, 1/2^(h-1), h = 1, 2, ... (None without
-            ALiBi heads).
-        top_k: each query keeps its k best keys and softmax runs over them (alpha = 1 only); None keeps all.
+        alpha: the alpha of alpha-entmax, the mapping from scores to weights. 1 is softmax, 1.5 is the value of the
+            method, 2 is sparsemax.
+        scaling: the factor on query i's scores, where n_i is the number of keys that the query sees.
+            ``none``: 1. ``ssmax``: s_h log n_i, with one learned s per head (Nakanishi 2025). ``asentmax``: delta +
+            beta (log(1 + n_i))^gamma, where beta and gamma are learned projections of the layer's input. ``learned``:
+            the same with one learned beta and gamma per head. ``adaptive_temperature``: a function of the softmax
+            row's entropy without parameters, used outside training only (Velickovic et al. 2024; alpha = 1 only).
+        delta: the constant of `asentmax` and `learned`, >= 0, by default 1 (None for the other scalings).
+        gamma_range: the factor in gamma = gamma_range * tanh(...) of `asentmax`, > 0, by default 2 (None for the other
+            scalings).
+        positions: ``model``: the model's own positions. ``nope``: none. ``alibi``: ALiBi on every head. ``nape``:
+            ALiBi on the first `alibi_heads` heads, and no positions on the others; only these others are scaled. All
+            values but ``model`` switch the model's own positions off.
+        alibi_heads: the number of heads with ALiBi under `nape`, by default half of all heads (None for other
+            positions).
+        alibi_slopes: ``harmonic`` (slope 1/h for head h = 1, 2, ...) or ``geometric`` (1/2^(h-1)); None without ALiBi
+            heads.
+        top_k: each query keeps its k keys with the largest scores, and softmax runs over them (alpha = 1 only). None
+            keeps all keys.
 
     Raises:
-        TypeError: an unknown flag, or a value of the wrong type.
-        ValueError: a value out of range, or a combination without meaning.
+        TypeError: a flag is unknown, or a value has the wrong type.
+        ValueError: a value is out of range, or flags contradict each other.
     """
 
     alpha: float
@@ -64,7 +68,7 @@ class ASEntmaxConfig:
     alibi_heads: int | None
     alibi_slopes: str | None
     top_k: int | None
-    # the flags that were given explicitly, which win over a preset
+    # The flags that were given explicitly. They override a preset.
     _given: dict[str, Any] = field(repr=False, compare=False)
 
     def __init__(
@@ -119,14 +123,15 @@ class ASEntmaxConfig:
 
     @classmethod
     def from_preset(cls, name: str, flags: ASEntmaxConfig | dict[str, Any] | None = None) -> ASEntmaxConfig:
-        """The flags of preset `name`, overridden by those that were given explicitly.
+        """The flags of a preset, overridden by the flags that were given explicitly.
 
         Args:
             name: one of `asentmax`, `entmax`, `ssmax`, `adaptive_temperature`, `topk_softmax`.
-            flags: an ASEntmaxConfig or a dict of flags.
+            flags: an ASEntmaxConfig, a dict of flags, or None.
 
         Raises:
-            TypeError, ValueError: an unknown name or flag, a wrong type, range or combination.
+            TypeError, ValueError: the name or a flag is unknown, or a value has a wrong type or range or contradicts
+                another flag.
         """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}")
@@ -147,14 +152,14 @@ class ASEntmaxConfig:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Every flag, for config.json; None where a flag has no meaning."""
+        """All flags, for config.json. A flag without meaning in this combination is None."""
         return {name: getattr(self, name) for name in _FLAGS}
 
     def num_alibi_heads(self, num_heads: int) -> int:
-        """How many of `num_heads` heads have ALiBi.
+        """The number of heads with ALiBi in a model with `num_heads` heads.
 
         Raises:
-            ValueError: more ALiBi heads than heads, or half of an odd number of heads.
+            ValueError: there are more ALiBi heads than heads, or the default is half of an odd number.
         """
         if self.positions == "alibi":
             return num_heads
@@ -164,7 +169,7 @@ class ASEntmaxConfig:
             if num_heads % 2 != 0:
                 raise ValueError(
                     f"positions='nape' gives ALiBi to half of the heads, but the model has {num_heads}; "
-                    "say how many with alibi_heads"
+                    "set the number with alibi_heads"
                 )
             return num_heads // 2
         if self.alibi_heads > num_heads:
@@ -176,7 +181,7 @@ _FLAGS = tuple(flag.name for flag in fields(ASEntmaxConfig) if flag.compare)
 
 
 def _implied_by(given: dict[str, Any]) -> dict[str, Any]:
-    """Without a preset's name: top_k or adaptive temperature can only mean softmax, and softmax alone no ASEntmax."""
+    """The flags that other flags imply without a preset: top_k and adaptive temperature are defined on softmax."""
     if "top_k" in given:
         return {"alpha": 1.0, "scaling": "none"}
     if given.get("scaling") == "adaptive_temperature":
@@ -214,9 +219,9 @@ def _check_ranges(values: dict[str, Any]) -> None:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
     if not 1.0 <= values["alpha"] <= 2.0:
         raise ValueError(
-            f"alpha must lie between 1 (softmax) and 2 (sparsemax), got {values['alpha']!r}; 1.5 is the method's own"
+            f"alpha must lie between 1 (softmax) and 2 (sparsemax), got {values['alpha']!r}; the method uses 1.5"
         )
-    # the comparisons are written so that NaN fails them too
+    # NaN fails these comparisons too.
     if values.get("delta") is not None and not 0.0 <= values["delta"] < float("inf"):
         raise ValueError(f"delta must be a finite number of at least 0, got {values['delta']!r}")
     if values.get("gamma_range") is not None and not 0.0 < values["gamma_range"] < float("inf"):
@@ -246,8 +251,8 @@ def _check_combinations(values: dict[str, Any]) -> None:
         )
     if values.get("top_k") is not None and (alpha != 1.0 or scaling == "adaptive_temperature"):
         raise ValueError(
-            f"top_k keeps the best keys of a softmax: it goes with alpha=1 (got {alpha!r}) and a scaling other than "
+            f"top_k keeps the best keys of a softmax: it needs alpha=1 (got {alpha!r}) and a scaling other than "
             f"'adaptive_temperature' (got {scaling!r}); entmax chooses its own number of keys"
         )
     if scaling == "adaptive_temperature" and alpha != 1.0:
-        raise ValueError(f"scaling='adaptive_temperature' is defined on softmax: it goes with alpha=1, got {alpha!r}")
+        raise ValueError(f"scaling='adaptive_temperature' is defined on softmax: it needs alpha=1, got {alpha!r}")

@@ -1,10 +1,10 @@
 """Mappings from attention scores to attention probabilities: softmax, alpha-entmax, top-k, adaptive temperature.
 
-Every mapping works on the last dimension. A score of ``-inf`` stands for a key that the query cannot see; it gets
-probability zero. A row that sees no key at all gives zeros, with zero gradients.
+Every mapping works on the last dimension. A score of ``-inf`` marks a key that the query cannot see; its probability is
+zero. A row without visible keys gives zeros and zero gradients.
 
-Half-precision scores are mapped in float32 and the probabilities are returned in float32; float32 and float64 keep
-their type (float64 is the reference that the kernels are tested against).
+Half-precision scores are mapped in float32, and the probabilities are returned in float32. float32 and float64 scores
+keep their type. The kernels are tested against float64.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ __all__ = [
 # Scores (..., kv_len), -inf where the key is not visible -> weights of the same shape.
 Mapping = Callable[[torch.Tensor], torch.Tensor]
 
-# Newton's method from below, on a convex function. Rows of 65,536 scores (normal, near-uniform, sharp, geometric,
-# linear, square-root, two-level) settle within 14 steps in float32 and float64, for alpha from 1.05 to 2. The margin
-# costs nothing on a CPU, where the loop stops once no row moves.
+# Newton's method from below on a convex function. Rows of 65,536 scores (normal, near-uniform, sharp, geometric,
+# linear, square-root, two-level) converge within 14 steps in float32 and float64, for alpha from 1.05 to 2. The extra
+# steps cost nothing on a CPU, where the loop stops when no threshold moves.
 _NEWTON_STEPS = {torch.float32: 16, torch.float64: 24}
 
-# "Softmax is not enough (for sharp out-of-distribution)", Velickovic et al. 2024, appendix: highest power first.
+# "Softmax is not enough (for sharp out-of-distribution)", Velickovic et al. 2024, appendix. Highest power first.
 _ADAPTIVE_TEMPERATURE_POLYNOMIAL = (-0.037, 0.481, -2.3, 4.917, -1.791)
 
 
 def _working_dtype(scores: torch.Tensor, alpha: float) -> torch.dtype:
-    """float32 for half precision; float64 below alpha = 1.05, where the power 1/(alpha-1) magnifies rounding errors."""
+    """float32 for half precision; float64 for 1 < alpha < 1.05, where the power 1/(alpha-1) magnifies rounding."""
     if not scores.is_floating_point():
         raise TypeError(f"scores must be floating point, got {scores.dtype}; convert them first")
     if scores.dtype == torch.float64 or 1.0 < alpha < 1.05:
@@ -47,14 +47,15 @@ def _working_dtype(scores: torch.Tensor, alpha: float) -> torch.dtype:
 
 
 def check_alpha(alpha: float) -> None:
+    """Raise a ValueError unless alpha is a number from 1 to 2."""
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 1.0 <= alpha <= 2.0:
         raise ValueError(
-            f"alpha must be a number from 1 (softmax) to 2 (sparsemax), got {alpha!r}; 1.5 is the method's own"
+            f"alpha must be a number from 1 (softmax) to 2 (sparsemax), got {alpha!r}; the method uses 1.5"
         )
 
 
 def softmax(scores: torch.Tensor) -> torch.Tensor:
-    """Softmax, p_j = exp(z_j) / sum_k exp(z_k), with zeros for rows that see no key.
+    """Softmax, p_j = exp(z_j) / sum_k exp(z_k), with zeros for rows without visible keys.
 
     Args:
         scores: (..., kv_len) float; ``-inf`` marks keys that are not visible.
@@ -72,8 +73,8 @@ def entmax(scores: torch.Tensor, alpha: float = 1.5) -> torch.Tensor:
 
     .. math:: p_j = [(\alpha - 1) z_j - \tau]_+^{1/(\alpha-1)}, \qquad \tau \text{ such that } \sum_j p_j = 1
 
-    alpha = 1 is softmax, 1.5 the value of the ASEntmax paper (section 2.2), 2 sparsemax. The gradient is
-    dz = s * (dp - sum(s * dp) / sum(s)) with s = p^(2 - alpha) on the support.
+    alpha = 1 is softmax, 1.5 is the value of the ASEntmax paper (section 2.2), and 2 is sparsemax. The gradient is
+    dz = s * (dp - sum(s * dp) / sum(s)), with s = p^(2 - alpha) on the support.
 
     Args:
         scores: (..., kv_len) float; ``-inf`` marks keys that are not visible.
@@ -83,8 +84,8 @@ def entmax(scores: torch.Tensor, alpha: float = 1.5) -> torch.Tensor:
         (..., kv_len) probabilities with exact zeros, float32 (float64 for float64 scores).
 
     Raises:
-        ValueError: alpha outside [1, 2].
-        TypeError: scores that are not floating point.
+        ValueError: alpha is outside [1, 2].
+        TypeError: the scores are not floating point.
     """
     check_alpha(alpha)
     if alpha == 1.0:
@@ -93,7 +94,7 @@ def entmax(scores: torch.Tensor, alpha: float = 1.5) -> torch.Tensor:
 
 
 def _power(base: torch.Tensor, exponent: float) -> torch.Tensor:
-    """base^exponent for base >= 0, with 0^0 = 0: keys outside of the support do not count."""
+    """base^exponent for base >= 0, with 0^0 = 0, so that keys outside the support do not count."""
     if exponent == 1.0:
         return base
     if exponent == 2.0:
@@ -104,19 +105,18 @@ def _power(base: torch.Tensor, exponent: float) -> torch.Tensor:
 
 
 def entmax_threshold(scores: torch.Tensor, alpha: float) -> tuple[torch.Tensor, torch.Tensor]:
-    r"""The threshold tau of alpha-entmax, and the row maximum it is relative to.
+    r"""The threshold tau of alpha-entmax, and the row maximum that it is relative to.
 
     With u_j = (alpha-1)(z_j - max z) and p = 1/(alpha-1), tau solves ||[u - tau]_+||_p = 1. The norm is convex and
-    decreasing in tau, so Newton's method started at tau = -1 (where the norm is >= 1) rises to the root and never
-    passes it.
+    decreasing in tau, and at least 1 at tau = -1. Newton's method from there rises to the root and never passes it.
 
     Args:
         scores: (..., kv_len) float32 or float64, ``-inf`` for keys that are not visible.
         alpha: in (1, 2].
 
     Returns:
-        (tau, maximum), each (..., 1): p_j = [(alpha-1)(z_j - maximum) - tau]_+^(1/(alpha-1)). Rows that see no key
-        have maximum 0.
+        (tau, maximum), each (..., 1), with p_j = [(alpha-1)(z_j - maximum) - tau]_+^(1/(alpha-1)). The maximum is 0
+        for rows without visible keys.
     """
     exponent = 1.0 / (alpha - 1.0)
     maximum = scores.amax(dim=-1, keepdim=True)
@@ -130,7 +130,7 @@ def entmax_threshold(scores: torch.Tensor, alpha: float) -> tuple[torch.Tensor, 
         lower = _power(above, exponent - 1.0)
         total = (lower * above).sum(dim=-1, keepdim=True)
         norm = total.pow(1.0 / exponent)
-        # (norm - 1) / |d norm / d tau|; a row without keys has total 0 and stays where it is
+        # (norm - 1) / |d norm / d tau|. A row without visible keys has total 0 and does not move.
         step = (norm - 1.0) * total / (norm * lower.sum(dim=-1, keepdim=True))
         step = torch.where(total > 0, step, torch.zeros_like(step)).clamp_min(0.0)
         tau = tau + step
@@ -140,7 +140,7 @@ def entmax_threshold(scores: torch.Tensor, alpha: float) -> tuple[torch.Tensor, 
 
 
 class _Entmax(torch.autograd.Function):
-    """alpha-entmax for alpha in (1, 2]; saves only the probabilities."""
+    """alpha-entmax for alpha in (1, 2]. Only the probabilities are saved for the backward pass."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, scores: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -173,10 +173,13 @@ def top_k_softmax(scores: torch.Tensor, k: int) -> torch.Tensor:
 
     Args:
         scores: (..., kv_len) float; ``-inf`` marks keys that are not visible.
-        k: how many keys a row keeps; rows that see fewer keep them all.
+        k: how many keys each row keeps. A row with fewer visible keys keeps all of them.
 
     Returns:
         (..., kv_len) probabilities, float32 (float64 for float64 scores).
+
+    Raises:
+        ValueError: k is not a whole number of at least 1.
     """
     if isinstance(k, bool) or not isinstance(k, int) or k < 1:
         raise ValueError(f"top_k must be a whole number of at least 1, got {k!r}")
@@ -187,14 +190,14 @@ def top_k_softmax(scores: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def adaptive_temperature(entropy: torch.Tensor) -> torch.Tensor:
-    """The factor on the scores that Velickovic et al. 2024 fit against a softmax row's entropy.
+    """The factor on the scores that Velickovic et al. 2024 fitted to a softmax row's entropy.
 
-    theta(H) = max(1, -0.037 H^4 + 0.481 H^3 - 2.3 H^2 + 4.917 H - 1.791) where H > 0.5, else 1 (H in nats). The
-    polynomial grows up to H = 4.4 and falls beyond, outside of the range it was fitted on: that is the original's
-    definition, kept as it is. (The ASEntmax authors' code applies the coefficients in the opposite order.)
+    theta(H) = max(1, -0.037 H^4 + 0.481 H^3 - 2.3 H^2 + 4.917 H - 1.791) where H > 0.5, else 1. The polynomial grows
+    up to H = 4.4 and falls beyond it, outside the range of the fit. This is the original definition, unchanged. (The
+    ASEntmax authors' code applies the coefficients in the opposite order.)
 
     Args:
-        entropy: any shape, float.
+        entropy: float of any shape, in nats.
 
     Returns:
         The factor, at least 1, of the same shape.
@@ -206,7 +209,7 @@ def adaptive_temperature(entropy: torch.Tensor) -> torch.Tensor:
 
 
 def adaptive_temperature_softmax(scores: torch.Tensor) -> torch.Tensor:
-    """softmax(theta(H) z), H the entropy of softmax(z): Velickovic et al. 2024, an inference-time sharpening.
+    """softmax(theta(H) z), where H is the entropy of softmax(z): sharpening at inference (Velickovic et al. 2024).
 
     Args:
         scores: (..., kv_len) float; ``-inf`` marks keys that are not visible.

@@ -1,4 +1,4 @@
-"""Which keys each query sees: the masks of a call, and the plain definition that every backend follows."""
+"""The masks of a call, and the definition of which keys each query sees, which every backend follows."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["Masks", "alibi_positions", "query_positions", "visible_count", "visi
 
 @dataclass(frozen=True)
 class Masks:
-    """Which keys each query may see. A query sees a key if every mask that is given shows it.
+    """Which keys each query may see. A query sees a key if every given mask allows it.
 
     Attributes:
-        is_causal: query i sees no key after its own position.
-        attention_mask: bool, (batch, kv_len), true where the key is no padding; or bool
+        is_causal: whether a query sees no key after its own position.
+        attention_mask: bool, (batch, kv_len), true where the key is not padding; or
             (batch, 1 or heads, q_len, kv_len), true where the query sees the key.
-        sliding_window: a query sees only keys less than this far away.
+        sliding_window: a query sees only keys at a distance below this number.
         cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of sequences packed into one row of batch 1, from 0
             to kv_len. A query sees its own sequence only.
         key_start: (batch or 1, q_len) int32, the first key that each query may see.
@@ -30,14 +30,14 @@ class Masks:
     key_start: torch.Tensor | None = None
 
     def rows(self, part: slice) -> Masks:
-        """The masks of some query rows."""
+        """The masks for a slice of the query rows."""
         mask, start = self.attention_mask, self.key_start
         if mask is not None and mask.ndim == 4:
             mask = mask[:, :, part]
         return replace(self, attention_mask=mask, key_start=None if start is None else start[:, part])
 
     def with_key_start_in_mask(self, batch: int, kv_len: int) -> Masks:
-        """Equal masks without `key_start`, for a backend that does not read it; memory is square in the length."""
+        """The same masks with `key_start` as a 4D mask, for a backend without it; memory is square in the length."""
         if self.key_start is None:
             return self
         mask = torch.arange(kv_len, device=self.key_start.device) >= self.key_start[:, None, :, None]
@@ -47,12 +47,12 @@ class Masks:
 
 
 def _four_dimensional(mask: torch.Tensor) -> torch.Tensor:
-    """(batch, 1, 1, kv_len) of a padding mask; a 4D mask as it is."""
+    """A padding mask as (batch, 1, 1, kv_len); a 4D mask as it is."""
     return mask[:, None, None, :] if mask.ndim == 2 else mask
 
 
 def query_positions(q_len: int, kv_len: int, device: torch.device | str) -> torch.Tensor:
-    """The index of each query among the keys: queries align to the end of the keys, as behind a cache.
+    """The index of each query among the keys. Queries align to the end of the keys, as they do with a cache.
 
     Returns:
         (q_len,) int64: i + kv_len - q_len.
@@ -61,14 +61,15 @@ def query_positions(q_len: int, kv_len: int, device: torch.device | str) -> torc
 
 
 def visible_keys(position: torch.Tensor, kv_len: int, masks: Masks) -> torch.Tensor | None:
-    """The intersection of all the masks that are given.
+    """The intersection of all given masks.
 
-    Causal: key j <= position. Sliding window w: |position - j| < w. Packed: query and key lie in the same sequence.
-    First key: j >= key_start. Padding: the key is valid.
+    Key j is visible if it satisfies each of these. Causal: j <= position. Sliding window w: |position - j| < w.
+    Packed: query and key belong to the same sequence. First key: j >= key_start. Attention mask: its entry is true.
 
     Args:
-        position: (rows,) int, the queries' indices among the keys, as `query_positions` gives them.
-        masks: for these rows.
+        position: (rows,) int, the queries' indices among the keys, from `query_positions`.
+        kv_len: the number of keys.
+        masks: the masks of these rows.
 
     Returns:
         bool, broadcastable to (batch, heads, rows, kv_len); None where every query sees every key.
@@ -98,8 +99,8 @@ def visible_count(position: torch.Tensor, kv_len: int, masks: Masks) -> torch.Te
     """How many keys each query sees: the row sums of `visible_keys`, in memory linear in the lengths.
 
     Args:
-        position, kv_len, masks: as for `visible_keys`; `masks` without `cu_seqlens`, and `key_start` without any mask
-            but causality.
+        position, kv_len, masks: as for `visible_keys`. `masks` has no `cu_seqlens`, and a `key_start` is combined
+            with causality only.
 
     Returns:
         (batch or 1, heads or 1, rows) int64.
@@ -109,7 +110,7 @@ def visible_count(position: torch.Tensor, kv_len: int, masks: Masks) -> torch.Te
         assert visible is not None
         return visible.sum(dim=-1)
     last = position if masks.is_causal else torch.full_like(position, kv_len - 1)
-    before = torch.full_like(position, -1)  # the last key before the first visible one
+    before = torch.full_like(position, -1)  # the key before the first visible key
     if masks.sliding_window is not None:
         last = torch.minimum(last, position + (masks.sliding_window - 1))
         before = torch.maximum(before, position - masks.sliding_window)
@@ -123,14 +124,14 @@ def visible_count(position: torch.Tensor, kv_len: int, masks: Masks) -> torch.Te
 
 
 def alibi_positions(position: torch.Tensor, visible: torch.Tensor | None) -> torch.Tensor:
-    """Where ALiBi's distances of each row may be measured from, so that they stay small and float32 keeps them exact.
+    """The position that each row's ALiBi distances are measured from, chosen so that float32 represents them exactly.
 
-    If all keys that a row sees stand at or before its position, the bias -m (position - j) may be measured from the
-    row's last visible key instead: that adds one constant to the row's scores, which softmax and entmax ignore. It
-    matters for a static cache, whose unfilled slots lie between the last visible key and the end.
+    If a row sees no key after its position, its bias -m (position - j) can be measured from the row's last visible key
+    instead. That adds one constant to the row's scores, which softmax and entmax ignore. It matters for a static cache,
+    whose unfilled slots lie between the last visible key and the end.
 
     Args:
-        position: (q_len,) int, as `query_positions` gives it.
+        position: (q_len,) int, from `query_positions`.
         visible: bool, broadcastable to (batch, heads, q_len, kv_len), or None.
 
     Returns:

@@ -1,4 +1,4 @@
-"""What a training loop needs besides a model: optimizer groups, and an alpha that changes."""
+"""Helpers for training loops: groups of parameters for the optimizer, and changing alpha."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["parameter_groups", "set_alpha"]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: matrices with weight decay; length scalings, biases and norms without.
+    """Two groups of parameters for an optimizer: matrices with weight decay, and all others without.
 
-    Decay pulls beta and gamma to the start they were given, which is no prior anybody wants. ``Trainer`` leaves the
-    length scalings undecayed by itself.
+    The second group holds length scalings, biases and norms. Weight decay would pull the projections of beta and gamma
+    towards zero, where they started. ``Trainer`` already leaves length scalings undecayed.
 
     Args:
-        model: any model; only parameters that require gradients are listed, shared ones once.
-        weight_decay: of the first group.
+        model: any model. Only parameters that require gradients are listed; shared ones are listed once.
+        weight_decay: the weight decay of the first group.
 
     Returns:
-        Dicts with "params" and "weight_decay", for ``torch.optim.AdamW(parameter_groups(model, 0.1), lr=...)``.
+        Two dicts with "params" and "weight_decay", for ``torch.optim.AdamW(parameter_groups(model, 0.1), lr=...)``.
 
     Raises:
-        ValueError: a negative weight decay.
+        ValueError: weight_decay is negative or NaN.
     """
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}")
@@ -50,18 +50,18 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.0) -> list[dict[s
 
 
 def set_alpha(model: nn.Module, alpha: float) -> None:
-    """Give every attention of a model another alpha, as in annealing it from 1 (softmax) to 1.5 during training.
+    """Change the alpha of every attention of a model, for example to anneal it from 1 (softmax) to 1.5 in training.
 
-    The model's config follows, so that a checkpoint is restored with the alpha it was saved with. A compiled model
-    compiles again for each alpha, and so do the kernels: anneal in a few stairs.
+    The model's config changes too, so that a checkpoint is restored with the alpha that it was saved with. A compiled
+    model and the kernels are compiled again for each alpha, so anneal in a few steps.
 
     Args:
-        model: with ASEntmax attention (any preset whose mapping is alpha-entmax).
+        model: a model with an attention of hf_asentmax (any preset whose mapping is alpha-entmax).
         alpha: from 1 to 2.
 
     Raises:
-        TypeError, ValueError: no attention of ours in the model; an alpha out of range, or that doesn't fit the other
-            flags (top-k and adaptive temperature need alpha = 1).
+        TypeError, ValueError: the model has no attention of hf_asentmax, alpha is out of range, or alpha contradicts
+            the other flags (top-k and adaptive temperature need alpha = 1).
     """
     attentions = [attention for _, attention in installed_attentions(model)]
     if not attentions:

@@ -1,4 +1,4 @@
-"""A Call from the keyword arguments of `entmax_attention`, for tests of the backends."""
+"""Builds a Call from the keyword arguments of `entmax_attention`, for tests of the backends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MASKS = ("is_causal", "attention_mask", "sliding_window", "cu_seqlens", "key_sta
 
 
 def masks_of(**options: Any) -> Masks:
-    """Masks, by the names that `entmax_attention` gives them; others are left out."""
+    """The Masks of these keyword arguments of `entmax_attention`; other arguments are ignored."""
     return Masks(**{name: value for name, value in options.items() if name in MASKS})
 
 
@@ -24,14 +24,14 @@ def call_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **optio
 
 
 def triton_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-    """The kernels themselves, without the question whether they can run on this machine."""
+    """The Triton kernels, without checking whether they can run on this machine."""
     from hf_asentmax.backends.triton import entry
 
     return entry.attention(call_of(query, key, value, **options))
 
 
 def fused_softmax(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
-    """PyTorch's fused softmax attention, likewise."""
+    """PyTorch's fused softmax attention, without checking whether it can run on this machine."""
     from hf_asentmax.backends import torch_fused
 
     return torch_fused.attention(call_of(query, key, value, alpha=1.0, **options))

@@ -1,13 +1,13 @@
-"""Fixtures that all tests share: a model builder, and a process that is quiet, offline and on one thread."""
+"""Settings and fixtures of all tests: offline, one thread, seeded, and the log of transformers."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-# before transformers is imported: no test reads the network, and warnings come out where a test looks for them
+# Set before transformers is imported: no test uses the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -15,13 +15,12 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Kernels run through Triton's interpreter, to be chosen before anything imports Triton (transformers does)
+    # Kernels run in Triton's interpreter, which must be chosen before anything imports Triton (transformers does).
     os.environ["TRITON_INTERPRET"] = "1"
 
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from tiny_models import FAMILIES, tiny_config, tiny_model
+from tiny_models import FAMILIES
 
 torch.set_num_threads(1)
 
@@ -42,23 +41,13 @@ def _no_accelerator_from_another_test() -> Iterator[None]:
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> str:
-    """Each family in turn."""
+    """Each model family in turn."""
     return str(request.param)
 
 
 @pytest.fixture
-def make_config() -> Callable[..., PreTrainedConfig]:
-    return tiny_config
-
-
-@pytest.fixture
-def make_model() -> Callable[..., PreTrainedModel]:
-    return tiny_model
-
-
-@pytest.fixture
 def transformers_log() -> Iterator[list[str]]:
-    """Messages that transformers (and the plugin, through it) logs during the test; "once" starts anew."""
+    """The messages that transformers and the plugin log during the test, including those logged once per process."""
     import logging as python_logging
 
     messages: list[str] = []

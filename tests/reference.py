@@ -1,4 +1,4 @@
-"""The plain definition of entmax attention in float64, written without the package, and the one way tests compare."""
+"""The definition of entmax attention in float64, independent of the package, and the comparison that tests use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def reference_entmax(scores: torch.Tensor, alpha: float) -> torch.Tensor:
-    """alpha-entmax of the last dimension by bisection on tau; rows of -inf give zeros. No gradient."""
+    """alpha-entmax of the last dimension by bisection on tau, without gradients; rows of -inf give zeros."""
     scores = scores.double()
     empty = (scores == -torch.inf).all(-1, keepdim=True)
     shifted = (alpha - 1) * scores.masked_fill(empty, 0.0)
@@ -32,7 +32,7 @@ def reference_visible(
     cu_seqlens: torch.Tensor | None = None,
     sliding_window: int | None = None,
 ) -> torch.Tensor:
-    """(batch, heads, q_len, kv_len) bool, key by key as the docstring of entmax_attention says it."""
+    """Which keys each query sees, (batch, heads, q_len, kv_len) bool, from the docstring of entmax_attention."""
     visible = torch.zeros(batch, heads, q_len, kv_len, dtype=torch.bool)
     bounds = None if cu_seqlens is None else cu_seqlens.tolist()
     for i in range(q_len):
@@ -61,7 +61,7 @@ def reference_attention(
     visible: torch.Tensor,
     grad_output: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None]:
-    """Output, and (dq, dk, dv) for a grad_output, in float64; the gradient of entmax from its closed form."""
+    """The output, and (dq, dk, dv) for a grad_output by the closed form of entmax's gradient, in float64."""
     q, k, v = (t.detach().double().cpu().requires_grad_() for t in (query, key, value))
     groups = q.shape[1] // k.shape[1]
     keys, values = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -101,7 +101,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Relative error in the Frobenius norm, and equal shapes."""
+    """Check that shapes are equal and that the relative error in the Frobenius norm is at most `tolerance`."""
     assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     error = relative_error(actual, expected)
     assert error <= tolerance, f"{name}: relative error {error:.2e} > {tolerance:.0e}"

@@ -1,4 +1,4 @@
-"""entmax_attention on the CPU against the plain float64 definition: outputs, gradients, every mask."""
+"""entmax_attention on the CPU against the float64 reference: outputs, gradients, every mask."""
 
 from __future__ import annotations
 
@@ -197,7 +197,9 @@ def test_autocast_does_not_round_the_scores() -> None:
     assert torch.equal(inside, entmax_attention(*tensors))
 
 
+@pytest.mark.slow
 def test_the_compiled_function_has_no_graph_break() -> None:
+    """Output and gradients with Inductor, the default backend of torch.compile."""
     tensors = [t.requires_grad_() for t in make(2, 4, 2, 16, 16, 8, torch.float32)]
     mask = padding(2, 16, "left")
     compiled = torch.compile(entmax_attention, fullgraph=True)

@@ -1,4 +1,4 @@
-"""entmax_attention with wrong arguments: each error says what was expected and what came."""
+"""Wrong arguments of entmax_attention: each error says what was expected and what came."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BATCH, HEADS, KV_HEADS, Q_LEN, KV_LEN, DIM = 2, 4, 2, 3, 5, 8
 
 
 def tensors(**replaced: Any) -> dict[str, Any]:
-    """query, key and value that are right, but for what is replaced."""
+    """Valid query, key and value, with some arguments replaced or added."""
     right = {
         "query": torch.randn(BATCH, HEADS, Q_LEN, DIM),
         "key": torch.randn(BATCH, KV_HEADS, KV_LEN, DIM),
@@ -24,7 +24,7 @@ def tensors(**replaced: Any) -> dict[str, Any]:
 
 
 def assert_refused(error: type[Exception], *parts: str, **arguments: Any) -> None:
-    """The call raises `error`, and its message holds every one of `parts`."""
+    """Check that the call raises `error` with a message that contains every part."""
     with pytest.raises(error) as caught:
         entmax_attention(**tensors(**arguments))
     for part in parts:
@@ -75,12 +75,12 @@ def test_inputs_that_are_no_tensors(name: str, wrong: Any):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_inputs_of_different_types(name: str, dtype: torch.dtype):
     wrong = torch.ones(BATCH, KV_HEADS, KV_LEN, DIM, dtype=dtype)
-    assert_refused(ValueError, "must share one type and device", "torch.float32", str(dtype), **{name: wrong})
+    assert_refused(ValueError, "must have the same type and device", "torch.float32", str(dtype), **{name: wrong})
 
 
 def test_inputs_on_different_devices():
     wrong = torch.ones(BATCH, KV_HEADS, KV_LEN, DIM, device="meta")
-    assert_refused(ValueError, "must share one type and device", "cpu", "meta", key=wrong)
+    assert_refused(ValueError, "must have the same type and device", "cpu", "meta", key=wrong)
 
 
 # --- shapes
@@ -124,7 +124,7 @@ def test_heads_that_are_no_multiple_of_kv_heads(heads: int, kv_heads: int):
     keys = torch.ones(BATCH, kv_heads, KV_LEN, DIM)
     assert_refused(
         ValueError,
-        f"query's heads must be a multiple of key's, got {heads} and {kv_heads}",
+        f"query's heads must be a multiple of key's heads, got {heads} and {kv_heads}",
         query=torch.ones(BATCH, heads, Q_LEN, DIM),
         key=keys,
         value=keys,
@@ -179,7 +179,7 @@ def test_is_causal(is_causal: Any):
 
 
 MASK = (
-    f"attention_mask must be ({BATCH}, {KV_LEN}) padding (bool or integer), or bool "
+    f"attention_mask must be a padding mask ({BATCH}, {KV_LEN}), bool or integer, or a bool mask "
     f"({BATCH}, 1 or {HEADS}, {Q_LEN}, {KV_LEN})"
 )
 
@@ -223,7 +223,7 @@ def test_mask_that_is_no_tensor(mask: Any):
 
 def test_mask_on_another_device():
     mask = torch.ones(BATCH, KV_LEN, dtype=torch.bool, device="meta")
-    assert_refused(ValueError, "attention_mask is on meta, query on cpu", attention_mask=mask)
+    assert_refused(ValueError, "attention_mask must be on query's device cpu, got meta", attention_mask=mask)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.int32, torch.uint8])
@@ -243,11 +243,11 @@ def test_padding_masks_that_are_right(dtype: torch.dtype):
         ([1.0] * HEADS, TypeError, ("alibi_slopes must be a floating point tensor of shape (heads,)", "list")),
         (1.0, TypeError, ("alibi_slopes must be a floating point tensor", "float")),
         (torch.ones(HEADS, dtype=torch.int64), TypeError, ("alibi_slopes must be a floating point", "torch.int64")),
-        (torch.ones(HEADS + 1), ValueError, ("one slope a head, (4,), got (5,)",)),
-        (torch.ones(KV_HEADS), ValueError, ("one slope a head, (4,), got (2,)",)),
-        (torch.ones(HEADS, 1), ValueError, ("one slope a head, (4,), got (4, 1)",)),
-        (torch.ones(()), ValueError, ("one slope a head, (4,), got ()",)),
-        (torch.ones(HEADS, device="meta"), ValueError, ("alibi_slopes is on meta, query on cpu",)),
+        (torch.ones(HEADS + 1), ValueError, ("one slope per head, (4,), got (5,)",)),
+        (torch.ones(KV_HEADS), ValueError, ("one slope per head, (4,), got (2,)",)),
+        (torch.ones(HEADS, 1), ValueError, ("one slope per head, (4,), got (4, 1)",)),
+        (torch.ones(()), ValueError, ("one slope per head, (4,), got ()",)),
+        (torch.ones(HEADS, device="meta"), ValueError, ("alibi_slopes must be on query's device cpu, got meta",)),
         (torch.tensor([1.0, -1.0, 0.0, 0.0]), ValueError, ("alibi_slopes must be finite and at least 0", "-1.0")),
         (torch.tensor([1.0, float("nan"), 0, 0]), ValueError, ("alibi_slopes must be finite and at least 0", "nan")),
     ],
@@ -281,14 +281,14 @@ def packed(**options: Any) -> dict[str, Any]:
         ([0, 2, 5], TypeError, ("cu_seqlens must be an int32 or int64 tensor", "list")),
         (torch.tensor([0.0, 5.0]), TypeError, ("cu_seqlens must be an int32 or int64 tensor", "torch.float32")),
         (torch.tensor([False, True]), TypeError, ("cu_seqlens must be an int32 or int64 tensor", "torch.bool")),
-        (torch.tensor([5]), ValueError, ("at least 2 long, got (1,)",)),
+        (torch.tensor([5]), ValueError, ("at least 2 boundaries, got (1,)",)),
         (torch.tensor([[0, 5]]), ValueError, ("(sequences + 1,)", "got (1, 2)")),
-        (torch.tensor([1, 5]), ValueError, ("must rise from 0 to kv_len = 5, got [1, 5]",)),
-        (torch.tensor([0, 4]), ValueError, ("must rise from 0 to kv_len = 5, got [0, 4]",)),
-        (torch.tensor([0, 6]), ValueError, ("must rise from 0 to kv_len = 5, got [0, 6]",)),
-        (torch.tensor([0, 3, 2, 5]), ValueError, ("must rise from 0 to kv_len = 5, got [0, 3, 2, 5]",)),
-        (torch.tensor([0, -1, 5]), ValueError, ("must rise from 0 to kv_len = 5, got [0, -1, 5]",)),
-        (torch.tensor([0, 5], device="meta"), ValueError, ("cu_seqlens is on meta, query on cpu",)),
+        (torch.tensor([1, 5]), ValueError, ("must increase from 0 to kv_len = 5, got [1, 5]",)),
+        (torch.tensor([0, 4]), ValueError, ("must increase from 0 to kv_len = 5, got [0, 4]",)),
+        (torch.tensor([0, 6]), ValueError, ("must increase from 0 to kv_len = 5, got [0, 6]",)),
+        (torch.tensor([0, 3, 2, 5]), ValueError, ("must increase from 0 to kv_len = 5, got [0, 3, 2, 5]",)),
+        (torch.tensor([0, -1, 5]), ValueError, ("must increase from 0 to kv_len = 5, got [0, -1, 5]",)),
+        (torch.tensor([0, 5], device="meta"), ValueError, ("cu_seqlens must be on query's device cpu, got meta",)),
     ],
 )
 def test_cu_seqlens(cu_seqlens: Any, error: type[Exception], parts: tuple[str, ...]):
@@ -319,7 +319,11 @@ def test_cu_seqlens_that_are_right(boundaries: list[int]):
         (torch.zeros(KV_LEN, dtype=torch.int32), ValueError, ("(batch or 1, q_len)", f"got ({KV_LEN},)")),
         (torch.zeros(3, KV_LEN, dtype=torch.int32), ValueError, ("(batch or 1, q_len)", f"got (3, {KV_LEN})")),
         (torch.zeros(1, 2, dtype=torch.int32), ValueError, ("(batch or 1, q_len)", "got (1, 2)")),
-        (torch.zeros(1, KV_LEN, dtype=torch.int32, device="meta"), ValueError, ("key_start is on meta, query on cpu",)),
+        (
+            torch.zeros(1, KV_LEN, dtype=torch.int32, device="meta"),
+            ValueError,
+            ("key_start must be on query's device cpu, got meta",),
+        ),
     ],
 )
 def test_key_start(key_start: Any, error: type[Exception], parts: tuple[str, ...]):
@@ -352,12 +356,12 @@ def test_softcap(softcap: Any):
 
 @pytest.mark.parametrize("backend", ["cuda", "Eager", "", None, 1, ["eager"]])
 def test_backend(backend: Any):
-    assert_refused(ValueError, f"backend must be one of auto, eager, torch, triton, got {backend!r}", backend=backend)
+    assert_refused(ValueError, f"backend must be one of auto, eager, torch, triton; got {backend!r}", backend=backend)
 
 
 def test_triton_without_a_gpu_says_why(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with which the kernels' own tests run on a CPU
-    assert_refused(NotImplementedError, "backend='triton' can't run this call", "backend='eager'", backend="triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the kernels' tests set it on a CPU
+    assert_refused(NotImplementedError, "backend='triton' cannot run this call", "backend='eager'", backend="triton")
 
 
 def test_options_are_keywords_only():
@@ -369,3 +373,20 @@ def test_options_are_keywords_only():
 def test_unknown_options_are_refused():
     with pytest.raises(TypeError, match=re.escape("unexpected keyword argument 'causal'")):
         entmax_attention(**tensors(), causal=True)
+
+
+# --- key_norm_bound
+
+
+@pytest.mark.parametrize(
+    ("bound", "error", "parts"),
+    [
+        (torch.ones(BATCH, KV_HEADS, dtype=torch.int64), TypeError, ("floating point tensor", "torch.int64")),
+        ([1.0, 1.0], TypeError, ("floating point tensor", "list")),
+        (torch.ones(KV_HEADS), ValueError, ("(2 or 1, 2), got (2,)",)),
+        (torch.ones(BATCH, HEADS), ValueError, ("(2 or 1, 2), got (2, 4)",)),
+        (torch.ones(1, KV_HEADS, device="meta"), ValueError, ("must be on key's device cpu, got meta",)),
+    ],
+)
+def test_key_norm_bound(bound: Any, error: type[Exception], parts: tuple[str, ...]):
+    assert_refused(error, "key_norm_bound", *parts, key_norm_bound=bound)

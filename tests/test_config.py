@@ -1,4 +1,4 @@
-"""ASEntmaxConfig: types, ranges and combinations of flags, presets, and the way through config.json."""
+"""ASEntmaxConfig: types, ranges and combinations of flags, presets, and round trips through config.json."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_asentmax.config import ALIBI_SLOPES, POSITIONS, PRESETS, SCALINGS
 from tiny_models import tiny_config
 
 FLAGS = ("alpha", "scaling", "delta", "gamma_range", "positions", "alibi_heads", "alibi_slopes", "top_k")
-# of each flag: a value that is right somewhere, and the flags it needs beside it
+# For each flag a valid value, and the flags that this value needs
 EXAMPLES: dict[str, dict[str, Any]] = {
     "alpha": {"alpha": 1.25},
     "scaling": {"scaling": "ssmax"},
@@ -97,7 +97,7 @@ def test_presets_are_exactly_the_contracts():
         ("ssmax", {"alpha": 1.25}, {"alpha": 1.25, "scaling": "ssmax"}),
         ("topk_softmax", {"top_k": 3}, {"top_k": 3, "alpha": 1.0}),
         ("topk_softmax", {"scaling": "ssmax"}, {"top_k": PRESETS["topk_softmax"]["top_k"], "scaling": "ssmax"}),
-        # equal to another preset's value, but given: it still wins
+        # equal to another preset's value, but given explicitly: it still overrides
         ("ssmax", {"scaling": "asentmax"}, {"alpha": 1.0, "scaling": "asentmax", "gamma_range": 2.0}),
         ("entmax", {"alpha": 1.5, "scaling": "asentmax"}, {"scaling": "asentmax"}),
     ],
@@ -108,7 +108,7 @@ def test_explicit_flag_wins_over_the_preset(name: str, flags: dict[str, Any], ex
 
 
 def test_a_default_that_was_not_given_does_not_win():
-    """ASEntmaxConfig() under `ssmax` says nothing: its alpha of 1.5 is a default, not a wish."""
+    """ASEntmaxConfig() does not override `ssmax`: its alpha of 1.5 is a default and was not given."""
     assert ASEntmaxConfig.from_preset("ssmax", ASEntmaxConfig(positions="nope")).alpha == 1.0
 
 
@@ -288,7 +288,7 @@ def test_top_k_without_plain_softmax(flags: dict[str, Any]):
 
 def test_adaptive_temperature_without_softmax():
     message = error_of(ValueError, scaling="adaptive_temperature", alpha=1.5)
-    assert "goes with alpha=1, got 1.5" in message
+    assert "needs alpha=1, got 1.5" in message
 
 
 @pytest.mark.parametrize("flags", [{"scaling": "ssmax"}, {"scaling": "learned"}, {"scaling": "asentmax"}])
@@ -314,7 +314,7 @@ def test_more_alibi_heads_than_heads():
 
 
 def test_half_of_an_odd_number_of_heads():
-    with pytest.raises(ValueError, match=r"half of the heads, but the model has 5; say how many with alibi_heads"):
+    with pytest.raises(ValueError, match=r"half of the heads, but the model has 5; set the number with alibi_heads"):
         ASEntmaxConfig(positions="nape").num_alibi_heads(5)
     assert ASEntmaxConfig(positions="nape", alibi_heads=3).num_alibi_heads(5) == 3
 
@@ -324,7 +324,7 @@ def test_half_of_an_odd_number_of_heads():
 
 @st.composite
 def flags_of_any_kind(draw: st.DrawFn) -> dict[str, Any]:
-    """Any valid choice of flags, each given or left out."""
+    """Any valid combination of flags, each given or left out."""
     flags: dict[str, Any] = {"scaling": draw(st.sampled_from(SCALINGS)), "positions": draw(st.sampled_from(POSITIONS))}
     softmax = flags["scaling"] == "adaptive_temperature" or draw(st.booleans())
     flags["alpha"] = 1.0 if softmax else draw(st.floats(1.0, 2.0))
@@ -347,7 +347,7 @@ def test_round_trips(flags: dict[str, Any]):
     assert ASEntmaxConfig(**config.to_dict()) == config
     assert ASEntmaxConfig(**json.loads(json.dumps(config.to_dict()))) == config
     assert tuple(config.to_dict()) == FLAGS
-    # what a checkpoint says wins over any preset by name
+    # the flags of a checkpoint override any preset
     for name in PRESETS:
         try:
             resolved = ASEntmaxConfig.from_preset(name, config.to_dict())
@@ -381,7 +381,7 @@ def test_to_dict_is_a_copy():
 
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_on_a_models_config(as_dict: bool):
-    """config.asentmax, set as the object or a dict, survives transformers' own dicts, JSON and copies."""
+    """config.asentmax, as an object or a dict, survives transformers' dicts, JSON and copies."""
     flags = ASEntmaxConfig(positions="nape", alibi_heads=1)
     config = tiny_config("llama")
     config.asentmax = flags.to_dict() if as_dict else flags

@@ -1,4 +1,4 @@
-"""Importing the package is cheap, registers the presets, and needs neither Triton nor a GPU."""
+"""Importing the package imports no other package, registers the presets, and needs neither Triton nor a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Links of the documentation lead to a file and a title that exist."""
+"""Relative links in the documentation point to existing files and titles."""
 
 from __future__ import annotations
 

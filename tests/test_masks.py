@@ -1,4 +1,4 @@
-"""The masks as tensors, against the key-by-key definition."""
+"""The mask tensors against the definition, key by key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The length scalings against numbers worked out by hand (given in the comments), as modules and inside a model."""
+"""The length scalings against numbers computed by hand (in the comments), as modules and inside a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tiny_models import tiny_model
 
 
 def counts(*values: int) -> torch.Tensor:
-    """(1, 1, q_len) visible keys of each query."""
+    """The number of visible keys of each query, (1, 1, q_len)."""
     return torch.tensor(values)[None, None]
 
 
@@ -52,7 +52,7 @@ def test_ssmax_numbers():
 @pytest.mark.parametrize(
     ("beta_bias", "gamma_bias", "gamma_range", "delta", "visible", "expected"),
     [
-        # gamma = 0: 1 + log 2 whatever the length
+        # gamma = 0: 1 + log 2 at any length
         (0.0, 0.0, 2.0, 1.0, 1, 1.693147),
         (0.0, 0.0, 2.0, 1.0, 1000, 1.693147),
         # softplus(1) = 1.313262, 2 tanh(0.5) = 0.924234, log(10)^0.924234 = 2.161583: 1 + 1.313262 * 2.161583
@@ -139,7 +139,7 @@ def test_adaptive_temperature_is_off_where_the_row_is_sharp():
 
 
 def test_adaptive_temperature_grows_with_entropy_and_never_falls_below_one():
-    """The figure the polynomial was fitted to. With the coefficients reversed it falls to -262 at H = 4.3."""
+    """The polynomial increases with entropy. With the coefficients reversed it would fall to -262 at H = 4.3."""
     entropy = torch.linspace(0.5, 4.3, 400, dtype=torch.float64)
     factor = adaptive_temperature(entropy)
     assert factor.min() >= 1.0
@@ -262,7 +262,7 @@ def test_repr_says_the_constants():
 def attention_weights(
     name: str, scores: list[float], flags: dict[str, object] | None = None, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """(heads, q_len, kv_len) of a Llama attention in eval mode whose every query has `scores` with the keys."""
+    """The weights (heads, q_len, kv_len) of a Llama attention in eval mode where all queries have these scores."""
     model = tiny_model("llama", name, flags, num_key_value_heads=4)
     module = model.model.layers[0].self_attn
     length = len(scores)
@@ -297,8 +297,11 @@ def test_ssmax_counts_visible_keys_not_positions():
 
 
 def test_asentmax_in_a_model():
-    """At the start the factor is 1.693147; halved scores (0.846574, 0, 1.693147): 0 is out, for two keys at mean m
-    and distance d = 0.423287 from it m - tau = sqrt(1/2 - d^2) = 0.566417, p = (0.566417 -+ 0.423287)^2."""
+    """The initial factor is 1.693147, so the halved scores are (0.846574, 0, 1.693147), and 0 is outside the support.
+
+    For two keys at distance d = 0.423287 from their mean m, m - tau = sqrt(1/2 - d^2) = 0.566417 and
+    p = (0.566417 -+ 0.423287)^2.
+    """
     weights = attention_weights("asentmax", [1.0, 0.0, 2.0])
     for head in weights:
         assert_numbers(head[2], [0.020486, 0.0, 0.979514])
@@ -321,7 +324,7 @@ def test_only_the_heads_without_alibi_are_scaled_under_nape():
 
 
 def test_a_mask_per_head_counts_per_head():
-    """Under NAPE too, where the scaling belongs to the last heads alone."""
+    """Also under NAPE, where only the last heads are scaled."""
     mask = torch.ones(3, 3, dtype=torch.bool).tril().expand(1, 4, 3, 3).clone()
     mask[0, 3, :, 0] = False
     mask[0, 1, 2, 1] = False

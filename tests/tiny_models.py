@@ -7,11 +7,14 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    CLIPVisionConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    LlavaConfig,
     MistralConfig,
     Olmo2Config,
     Phi3Config,
@@ -25,11 +28,15 @@ from transformers.cache_utils import Cache, QuantizedLayer
 import hf_asentmax  # noqa: F401  (registers the presets)
 
 __all__ = [
+    "BY_PART",
     "FAMILIES",
     "PRESETS",
     "VOCABULARY",
+    "composite_config",
+    "generating_model",
     "lossless_quantized_cache",
     "perturb_scalings",
+    "perturbed_model",
     "random_ids",
     "tiny_config",
     "tiny_model",
@@ -38,7 +45,7 @@ __all__ = [
 VOCABULARY = 64
 PRESETS = ("asentmax", "entmax", "ssmax", "adaptive_temperature", "topk_softmax")
 
-# 4 query heads on 2 key/value heads where the family knows them; windows shorter than the sequences of the tests.
+# 4 query heads on 2 key/value heads if the family has grouped heads; windows are shorter than the tests' sequences.
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -95,7 +102,7 @@ FAMILIES = tuple(_SETTINGS)
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    """A config of `family` with 2 layers, 4 heads and hidden size 32; `overrides` win."""
+    """A config of `family` with 2 layers, 4 heads and hidden size 32, changed by `overrides`."""
     config_class, settings = _SETTINGS[family]
     return config_class(**{**settings, **overrides})
 
@@ -109,10 +116,10 @@ def tiny_model(
     model_class: Any = AutoModelForCausalLM,
     **overrides: Any,
 ) -> PreTrainedModel:
-    """A model from `tiny_config`, in eval mode, with weights drawn from `seed`; `flags` becomes config.asentmax.
+    """A model from `tiny_config` in eval mode, with weights drawn from `seed` and `flags` as config.asentmax.
 
-    Where the weights' names agree, two implementations of one family and seed have the same weights only after
-    ``load_state_dict``: parameters that one of them adds move the random numbers.
+    Two implementations of one family and seed have different weights, because additional parameters use random
+    numbers. Use ``load_state_dict`` to make their weights equal.
     """
     config = tiny_config(family, **overrides)
     if flags is not None:
@@ -124,7 +131,7 @@ def tiny_model(
 
 
 def perturb_scalings(model: torch.nn.Module, seed: int = 1) -> None:
-    """Move every length scaling off its (zero) start, so that tests see its projections at work."""
+    """Move every length scaling away from its initial values, so that its projections have an effect."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -133,13 +140,29 @@ def perturb_scalings(model: torch.nn.Module, seed: int = 1) -> None:
                 parameter.add_(0.3 * noise.to(parameter.device, parameter.dtype))
 
 
+def perturbed_model(family: str = "llama", name: str = "asentmax", flags: Any = None, **kwargs: Any) -> PreTrainedModel:
+    """`tiny_model` with its length scalings moved away from their initial values."""
+    model = tiny_model(family, name, flags, **kwargs)
+    perturb_scalings(model)
+    return model
+
+
+def generating_model(
+    family: str = "llama", flags: Any = None, name: str = "asentmax", **kwargs: Any
+) -> PreTrainedModel:
+    """`perturbed_model` that never ends a sequence early."""
+    model = perturbed_model(family, name, flags, **kwargs)
+    model.generation_config.eos_token_id = None
+    return model
+
+
 def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     """(batch, length) token ids, none of them special."""
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
 class _LosslessLayer(QuantizedLayer):
-    """What every quantized layer does (residual window, deferred reordering), with a quantizer that rounds nothing."""
+    """A quantized layer (residual window, deferred reordering) with a quantizer that does not round."""
 
     def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         return tensor.clone()
@@ -149,7 +172,38 @@ class _LosslessLayer(QuantizedLayer):
 
 
 def lossless_quantized_cache(model: PreTrainedModel, residual_length: int = 4) -> Cache:
-    """A quantized cache that needs no package and must give exactly what a plain cache gives."""
+    """A quantized cache that needs no package and must give the same results as a plain cache."""
     return Cache(
         layers=[_LosslessLayer(residual_length=residual_length) for _ in range(model.config.num_hidden_layers)]
     )
+
+
+_VISION = {
+    "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+# The attention implementation of each part of a composite model
+BY_PART = {"text_config": "asentmax", "vision_config": "sdpa"}
+
+
+def composite_config(kind: str, flags: dict[str, Any] | None = None) -> Any:
+    """A config of a vision-language model ("llava" or "gemma3") whose text part has the flags."""
+    if kind == "llava":
+        config: Any = LlavaConfig(
+            text_config=tiny_config("llama"),
+            vision_config=CLIPVisionConfig(**_VISION),
+            image_token_id=60,
+            image_seq_length=4,
+        )
+    else:
+        config = Gemma3Config(
+            text_config=tiny_config("gemma3_text"),
+            vision_config={**_VISION, "model_type": "siglip_vision_model"},
+            mm_tokens_per_image=4,
+            image_token_index=60,
+            boi_token_index=61,
+            eoi_token_index=62,
+        )
+    if flags is not None:
+        config.text_config.asentmax = flags
+    return config

@@ -1,4 +1,4 @@
-"""What autocast means for tensors that go to an operator of our own or to PyTorch's fused attention."""
+"""Autocast for the backends that call operators which autocast does not know."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["as_autocast"]
 
 
 def as_autocast(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The tensors in autocast's type, where autocast is on for their device."""
+    """The tensors in autocast's type if autocast is enabled for their device, else unchanged."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return list(tensors)

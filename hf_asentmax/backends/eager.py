@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch, for any mapping, device and floating type: the definition that the kernels must meet."""
+"""Attention in plain PyTorch for any mapping, device and floating type: the definition that the kernels must match."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..masks import alibi_positions, query_positions, visible_keys
 
 __all__ = ["attention"]
 
-# Without gradients the scores need not all exist at once: (batch x heads x rows x kv_len) elements at a time.
+# Without gradients only this many scores (batch x heads x rows x kv_len) are in memory at once.
 _SCORES_AT_ONCE = 1 << 27
 
 
@@ -20,16 +20,16 @@ def attention(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     r"""mapping(softcap(scale q k^T) - slope |i - j|) v, in float32 (float64 for float64 inputs).
 
     Args:
-        call: any call; this backend runs all of them.
+        call: any call.
 
     Returns:
-        The output (batch, heads, q_len, value_dim) in query's type, and the weights (batch, heads, q_len, kv_len) if
-        the call asks for them, else None.
+        The output (batch, heads, q_len, value_dim) in query's type, and the weights (batch, heads, q_len, kv_len) in
+        float32 (float64 for float64 inputs) if the call asks for them, else None.
     """
     dtype = torch.float64 if call.query.dtype == torch.float64 else torch.float32
     q_len, kv_len = call.query.shape[2], call.key.shape[2]
     positions = query_positions(q_len, kv_len, call.query.device)
-    # An enclosing autocast would round the scores to half precision
+    # An enclosing autocast would round the scores to half precision.
     with torch.autocast(call.query.device.type, enabled=False):
         working = replace(call, query=call.query.to(dtype), key=call.key.to(dtype), value=call.value.to(dtype))
         rows = _rows_at_once(call)
@@ -42,7 +42,7 @@ def attention(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
 
 
 def _rows_at_once(call: Call) -> int:
-    """How many query rows are computed together."""
+    """The number of query rows that are computed together."""
     batch, heads, q_len, _ = call.query.shape
     rows = max(1, _SCORES_AT_ONCE // max(1, batch * heads * call.key.shape[2]))
     all_at_once = call.needs_gradient or torch.compiler.is_compiling() or call.return_weights or rows >= q_len
@@ -50,7 +50,7 @@ def _rows_at_once(call: Call) -> int:
 
 
 def _some_rows(call: Call, rows: slice, position: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and weights of some query rows, which stand at `position` (rows,) among the keys."""
+    """Output and weights of a slice of the query rows, whose indices among the keys are `position`, (rows,)."""
     masks, scoring = call.masks, call.scoring
     query, key, value = call.query[:, :, rows], call.key, call.value
     batch, heads, q_len, head_dim = query.shape
@@ -62,8 +62,8 @@ def _some_rows(call: Call, rows: slice, position: torch.Tensor) -> tuple[torch.T
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
     if scoring.alibi_slopes is not None:
-        own_key_is_seen = masks.attention_mask is None and masks.key_start is None
-        anchor = position if own_key_is_seen else alibi_positions(position, visible)
+        sees_own_key = masks.attention_mask is None and masks.key_start is None
+        anchor = position if sees_own_key else alibi_positions(position, visible)
         distance = (anchor[..., None] - torch.arange(kv_len, device=key.device)).abs()
         scores = scores - scoring.alibi_slopes.to(scores.dtype)[:, None, None] * distance.to(scores.dtype)
     if visible is not None:

@@ -1,4 +1,4 @@
-"""The only part that knows transformers: registration, masks, parameters and hooks on models, saving and loading."""
+"""The only part that knows transformers: registration, masks, parameters and hooks, saving and loading."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Make the presets known to transformers. Safe to call again."""
+    """Register the presets with transformers. Calling it again is harmless."""
     for name in PRESETS:
         AttentionInterface.register(name, asentmax_attention_forward)
-        # Without a mask function a name gets no mask at all, and padding would be ignored
+        # transformers passes no mask at all to a name without a mask function, and would ignore padding.
         AttentionMaskInterface.register(name, asentmax_mask)
     apply_patches()

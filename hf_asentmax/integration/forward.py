@@ -24,7 +24,7 @@ __all__ = ["asentmax_attention_forward"]
 
 logger = logging.get_logger(__name__)
 
-# Arguments that change the scores or the keys in ways that no preset has: refused, never dropped.
+# Arguments that change the scores or the keys in a way that no preset supports. They are refused.
 _REFUSED_ARGUMENTS = {
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
@@ -33,15 +33,17 @@ _REFUSED_ARGUMENTS = {
     "cache": "a paged cache (continuous batching); use generate()",
     "block_table": "a paged cache (continuous batching); use generate()",
 }
-_COUNT = "_asentmax_visible_count"  # on a traced mask
-# Arguments that are known and need nothing here.
+# Arguments that need no action here.
 _KNOWN_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {
+    HIDDEN_STATES_ARGUMENT,
+    CACHE_ARGUMENT,
     "cache_position",
     "layer_idx",
     "logits_to_keep",
     "output_attentions",
     "use_cache",
 }
+_COUNT_ATTRIBUTE = "_asentmax_visible_count"  # on a 4D mask while a decoding step is traced
 
 
 def asentmax_attention_forward(
@@ -57,110 +59,64 @@ def asentmax_attention_forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention as the module's settings say, by transformers' attention interface.
+    """Run the attention of a prepared module, with the signature of transformers' attention interface.
 
     Args:
         module: an attention module that `install` has prepared.
-        query: (batch, heads, q_len, head_dim).
-        key, value: (batch, kv_heads, kv_len, head_dim).
-        attention_mask: what `asentmax_mask` made: bool (batch, 1, q_len, kv_len) that holds everything, bool
-            (batch, kv_len) padding beside causality, int32 (batch or 1, 1, q_len, 1) first keys beside causality, or
-            None where purely causal.
-        scaling: the model's own factor on the scores, default 1/sqrt(head_dim).
-        dropout: probability of dropping a weight.
-        softcap: cap on the (length-scaled) scores.
-        sliding_window: the layer's window; already part of a 4D mask.
+        query: (batch, heads, q_len, head_dim), float.
+        key, value: (batch, kv_heads, kv_len, head_dim), float.
+        attention_mask: a mask that `asentmax_mask` made, or None where attention is purely causal; see `_masks`.
+        scaling: the model's factor on the scores, by default 1/sqrt(head_dim).
+        dropout: the probability of dropping a weight.
+        softcap: the cap on the length-scaled scores.
+        sliding_window: the layer's window, which a 4D mask already contains.
         is_causal: False for a model that was configured to be bidirectional.
 
     Returns:
-        The output (batch, q_len, heads, head_dim), and the weights if ``output_attentions`` was asked for.
+        The output (batch, q_len, heads, head_dim), and the weights if ``output_attentions`` asks for them.
 
     Raises:
         RuntimeError: the module was not prepared.
-        NotImplementedError: an argument that changes the attention in a way that is not supported.
+        NotImplementedError: an argument changes the attention in an unsupported way.
     """
-    settings: AttentionSettings | None = getattr(module, SETTINGS_ATTRIBUTE, None)
-    if settings is None:
-        raise RuntimeError(
-            f"{type(module).__name__} was built without hf_asentmax's parameters; build or load the model with "
-            'attn_implementation="asentmax" after importing hf_asentmax, rather than changing it afterwards'
-        )
-    _check_arguments(module, kwargs)
-    if query.shape[1] != settings.num_heads:
-        raise NotImplementedError(
-            f"{type(module).__name__} has {query.shape[1]} heads where its config says {settings.num_heads}"
-        )
-    cache, key_norms = kwargs.get(CACHE_ARGUMENT), None
-    if cache is not None:  # without one the layer's index stays unread: torch.compile would compile every layer anew
-        key_norms = key_norm_bound(cache, getattr(module, "layer_idx", None), key, query.shape[2])
-    query, key, value = _one_dtype(query, key, value)
+    settings = _checked_settings(module, query.shape[1], kwargs)
     masks = _masks(module, attention_mask, is_causal, sliding_window)
-    if attention_mask is None and masks.is_causal and 1 < query.shape[2] < key.shape[2]:
-        # An empty static cache that a prompt has just been written to: transformers leaves the mask out, and the
-        # slots after the prompt are not filled yet.
-        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
-    query = _length_scaled(module, settings, query, kwargs.get(HIDDEN_STATES_ARGUMENT), masks, key.shape[2])
+    cache, q_len = kwargs.get(CACHE_ARGUMENT), query.shape[2]
     scoring = Scoring(
         scale=scaling,
         alpha=settings.flags.alpha,
         mapping=_mapping(settings, module.training),
         softcap=softcap,
         alibi_slopes=_slopes(settings, query.device),
-        key_norm_bound=key_norms,
+        # Without a cache layer_idx is not read: torch.compile would compile every layer again.
+        key_norm_bound=None if cache is None else key_norm_bound(cache, getattr(module, "layer_idx", None), key, q_len),
     )
-    weights_too = bool(kwargs.get("output_attentions"))
-    call = Call.checked(query, key, value, masks, scoring, dropout=dropout, return_weights=weights_too)
-    output, weights = attend(call)
+    if not query.dtype == key.dtype == value.dtype:
+        query, key, value = _one_dtype(query, key, value)
+    if attention_mask is None and masks.is_causal and 1 < q_len < key.shape[2]:
+        # A prompt was written to an empty static cache. transformers passes no mask for it, and the slots after the
+        # prompt are not filled yet.
+        key, value = key[:, :, :q_len], value[:, :, :q_len]
+    factor = _length_factor(module, settings, kwargs.get(HIDDEN_STATES_ARGUMENT), masks, key.shape[2])
+    if factor is not None:
+        query = scaled_query(query, factor, settings.num_unscaled_heads)
+    return_weights = bool(kwargs.get("output_attentions"))
+    output, weights = attend(
+        Call.checked(query, key, value, masks, scoring, dropout=dropout, return_weights=return_weights)
+    )
     return output.transpose(1, 2).contiguous(), weights
 
 
-def _masks(
-    module: nn.Module, attention_mask: torch.Tensor | None, is_causal: bool | None, sliding_window: int | None
-) -> Masks:
-    """The masks of a call, from what `asentmax_mask` made and what the attention module says."""
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    if attention_mask is None:
-        return Masks(causal, sliding_window=sliding_window)
-    key_start = key_start_of(attention_mask)
-    if key_start is not None:  # windows are part of it
-        return Masks(True, key_start=key_start)
-    attention_mask = _boolean_mask(attention_mask)
-    if attention_mask.ndim == 4:  # causality and windows are part of it
-        return Masks(False, attention_mask)
-    return Masks(causal, attention_mask, sliding_window)
-
-
-def _length_scaled(
-    module: nn.Module,
-    settings: AttentionSettings,
-    query: torch.Tensor,
-    hidden_states: torch.Tensor | None,
-    masks: Masks,
-    kv_len: int,
-) -> torch.Tensor:
-    """The query times the factors of the module's length scaling, if it has one."""
-    length_scaling = scaling_of(module)
-    if length_scaling is None:
-        return query
-    if hidden_states is None:
-        raise RuntimeError(f"the layer's input did not reach the attention function of {type(module).__name__}")
-    count = _visible_count(query, kv_len, masks)
-    if count.shape[1] > 1:  # a mask per head
-        count = count[:, settings.num_unscaled_heads :]
-    return scaled_query(query, length_scaling(hidden_states, count), settings.num_unscaled_heads)
-
-
-def _slopes(settings: AttentionSettings, device: torch.device) -> torch.Tensor | None:
-    """ALiBi's slopes, one for each head, or None without ALiBi."""
-    if settings.num_alibi_heads == 0:
-        return None
-    kind = settings.flags.alibi_slopes or "harmonic"
-    return alibi_slopes(settings.num_heads, settings.num_alibi_heads, kind, device)
-
-
-def _check_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
+def _checked_settings(module: nn.Module, heads: int, kwargs: dict[str, Any]) -> AttentionSettings:
+    """The module's settings, after checking the number of heads and the other arguments of the call."""
+    settings: AttentionSettings | None = getattr(module, SETTINGS_ATTRIBUTE, None)
+    if settings is None:
+        raise RuntimeError(
+            f"{type(module).__name__} was built without hf_asentmax's parameters; build or load the model with "
+            'attn_implementation="asentmax" after importing hf_asentmax, and do not change the implementation later'
+        )
     for name, value in kwargs.items():
-        if value is None or name in (HIDDEN_STATES_ARGUMENT, CACHE_ARGUMENT) or name in _KNOWN_ARGUMENTS:
+        if value is None or name in _KNOWN_ARGUMENTS:
             continue
         if name in _REFUSED_ARGUMENTS:
             raise NotImplementedError(
@@ -168,24 +124,43 @@ def _check_arguments(module: nn.Module, kwargs: dict[str, Any]) -> None:
             )
         if not torch.compiler.is_compiling():
             logger.warning_once(
-                f"{type(module).__name__} passes {name!r} to its attention, which hf_asentmax does not know and leaves "
-                "out; check that the model's attention does not depend on it"
+                f"{type(module).__name__} passes {name!r} to its attention. hf_asentmax does not know this argument "
+                "and ignores it; check that the model's attention does not depend on it"
             )
+    if heads != settings.num_heads:
+        raise NotImplementedError(
+            f"{type(module).__name__} has {heads} query heads, but its config says {settings.num_heads}; hf_asentmax "
+            "needs config.num_attention_heads to hold for every layer"
+        )
+    return settings
 
 
-def _one_dtype(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Under autocast rotary positions leave query and key in float32 and value in half precision: one type for all."""
-    if query.dtype == key.dtype == value.dtype:
-        return query, key, value
-    device_type = query.device.type
-    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
-    return query.to(dtype), key.to(dtype), value.to(dtype)
+def _masks(
+    module: nn.Module, attention_mask: torch.Tensor | None, is_causal: bool | None, sliding_window: int | None
+) -> Masks:
+    """The masks of a call.
+
+    Args:
+        module: the attention module, whose ``is_causal`` holds where the argument is None.
+        attention_mask: None; bool (batch, kv_len) padding, to intersect with causality; int32
+            (batch or 1, 1, q_len, 1) first keys, to intersect with causality; or (batch, 1, q_len, kv_len), bool or
+            additive, which contains causality and windows.
+        is_causal, sliding_window: as for `asentmax_attention_forward`.
+    """
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if attention_mask is None:
+        return Masks(causal, sliding_window=sliding_window)
+    key_start = key_start_of(attention_mask)
+    if key_start is not None:  # contains the window
+        return Masks(True, key_start=key_start)
+    attention_mask = _boolean_mask(attention_mask)
+    if attention_mask.ndim == 4:
+        return Masks(False, attention_mask)
+    return Masks(causal, attention_mask, sliding_window)
 
 
 def _boolean_mask(mask: torch.Tensor) -> torch.Tensor:
-    """True where visible. An additive float mask has 0 there and a very negative number elsewhere."""
+    """A 2D mask as it is; a 4D mask as bool. An additive mask is 0 at visible keys and very negative elsewhere."""
     if not mask.is_floating_point():
         return mask if mask.ndim == 2 or mask.dtype == torch.bool else mask.to(torch.bool)
     visible = mask == 0
@@ -195,26 +170,10 @@ def _boolean_mask(mask: torch.Tensor) -> torch.Tensor:
         "that show or hide keys (boolean, or 0 and torch.finfo(dtype).min)"
     )
     if torch.compiler.is_compiling():
-        torch._assert_async(shows_or_hides, message)  # a RuntimeError when the graph runs, without breaking it
+        torch._assert_async(shows_or_hides, message)  # a RuntimeError when the graph runs, without a graph break
     elif not bool(shows_or_hides):
         raise NotImplementedError(message)
     return visible
-
-
-def _visible_count(query: torch.Tensor, kv_len: int, masks: Masks) -> torch.Tensor:
-    """How many keys each query sees; compiled decoding counts them once for all layers.
-
-    Their 4D mask is one tensor, which remembers its count while the step is traced. Inductor does not merge equal sums,
-    and a sum over a long cache takes as long as much of the attention.
-    """
-    mask = masks.attention_mask
-    remembers = torch.compiler.is_compiling() and query.shape[2] == 1 and mask is not None and mask.ndim == 4
-    count = getattr(mask, _COUNT, None) if remembers else None
-    if count is None:
-        count = visible_count(query_positions(query.shape[2], kv_len, query.device), kv_len, masks)
-        if remembers:
-            setattr(mask, _COUNT, count)
-    return count
 
 
 def _mapping(settings: AttentionSettings, training: bool) -> Mapping | None:
@@ -225,3 +184,67 @@ def _mapping(settings: AttentionSettings, training: bool) -> Mapping | None:
     if flags.scaling == "adaptive_temperature" and not training:
         return adaptive_temperature_softmax
     return None
+
+
+def _slopes(settings: AttentionSettings, device: torch.device) -> torch.Tensor | None:
+    """ALiBi's slope of each head, (heads,) float32; None without ALiBi."""
+    if settings.num_alibi_heads == 0:
+        return None
+    kind = settings.flags.alibi_slopes or "harmonic"
+    return alibi_slopes(settings.num_heads, settings.num_alibi_heads, kind, device)
+
+
+def _one_dtype(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tensors in autocast's type, or in value's type. Rotary positions leave only query and key in float32."""
+    device_type = query.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _length_factor(
+    module: nn.Module,
+    settings: AttentionSettings,
+    hidden_states: torch.Tensor | None,
+    masks: Masks,
+    kv_len: int,
+) -> torch.Tensor | None:
+    """The factor of the module's length scaling on its scaled heads, or None without a scaling.
+
+    Args:
+        hidden_states: (batch, q_len, hidden_size), the layer's input.
+
+    Returns:
+        (batch or 1, heads - num_unscaled_heads, q_len), float32 (float64 for float64 parameters).
+    """
+    length_scaling = scaling_of(module)
+    if length_scaling is None:
+        return None
+    if hidden_states is None:
+        raise RuntimeError(
+            f"the layer's input did not reach the attention function of {type(module).__name__}: expected the pre-hook "
+            "of hf_asentmax to pass it on; call the attention module itself, not its forward method"
+        )
+    position = query_positions(hidden_states.shape[1], kv_len, hidden_states.device)
+    count = _visible_count(position, kv_len, masks)
+    if count.shape[1] > 1:  # one mask per head
+        count = count[:, settings.num_unscaled_heads :]
+    factor: torch.Tensor = length_scaling(hidden_states, count)
+    return factor
+
+
+def _visible_count(position: torch.Tensor, kv_len: int, masks: Masks) -> torch.Tensor:
+    """`visible_count`, computed once for all layers in compiled decoding.
+
+    All layers of one kind share a 4D mask tensor, which keeps its count while the step is traced. Inductor does not
+    merge equal sums, and the sum over a long cache would take much of the attention's time.
+    """
+    mask = masks.attention_mask
+    keep = torch.compiler.is_compiling() and position.shape[0] == 1 and mask is not None and mask.ndim == 4
+    count = getattr(mask, _COUNT_ATTRIBUTE, None) if keep else None
+    if count is None:
+        count = visible_count(position, kv_len, masks)
+        if keep:
+            setattr(mask, _COUNT_ATTRIBUTE, count)
+    return count

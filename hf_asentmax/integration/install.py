@@ -1,4 +1,4 @@
-"""Putting the parameters and hooks of ASEntmax on a model's attention modules, by one rule for every family."""
+"""Adds the parameters and hooks of ASEntmax to a model's attention modules, by one rule for every family."""
 
 from __future__ import annotations
 
@@ -18,27 +18,35 @@ from .families import rotary_argument, turn_off_positions, without_rotation
 from .names import CACHE_ARGUMENT, HIDDEN_STATES_ARGUMENT, SCALING_ATTRIBUTE, SETTINGS_ATTRIBUTE, flags_of, preset_of
 from .packing import packing_pre_hook
 
-__all__ = ["AttentionSettings", "install", "installed_attentions"]
+__all__ = ["AttentionSettings", "install", "installed_attentions", "scaling_of"]
 
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """What one attention module runs."""
+    """The settings of one attention module.
+
+    Attributes:
+        flags: the flags of the attention.
+        num_heads: the number of query heads.
+        num_alibi_heads: the number of leading heads with ALiBi.
+        rotary_argument: the index of (cos, sin) among the arguments of the module's ``forward`` if they are to be
+            replaced, else None.
+    """
 
     flags: ASEntmaxConfig
     num_heads: int
     num_alibi_heads: int
-    rotary_argument: int | None  # the place of (cos, sin) to replace in the attention's arguments
+    rotary_argument: int | None
 
     @property
     def num_unscaled_heads(self) -> int:
-        """Under NAPE the first heads, those with ALiBi, are not scaled (the authors' code)."""
+        """The number of leading heads without length scaling: under NAPE the ALiBi heads, as in the authors' code."""
         return self.num_alibi_heads if self.flags.positions == "nape" else 0
 
 
 @functools.cache
 def calls_attention_interface(cls: type) -> bool:
-    """Whether a module's class dispatches through transformers' ``ALL_ATTENTION_FUNCTIONS``."""
+    """Whether a module's class calls transformers' ``ALL_ATTENTION_FUNCTIONS``."""
     for member in vars(cls).values():
         function = inspect.unwrap(member) if callable(member) else member
         if isinstance(function, types.FunctionType) and "ALL_ATTENTION_FUNCTIONS" in function.__code__.co_names:
@@ -47,7 +55,7 @@ def calls_attention_interface(cls: type) -> bool:
 
 
 def _own_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """The modules below a model, without those of models inside it, which are installed by their own ``post_init``."""
+    """The modules of a model, except those of models inside it, whose own ``post_init`` installs them."""
 
     def walk(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for name, child in module.named_children():
@@ -59,19 +67,19 @@ def _own_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def installed_attentions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The attention modules of a model that run ASEntmax's settings, with their names."""
+    """The names and attention modules of a model that `install` has prepared."""
     return ((name, module) for name, module in model.named_modules() if hasattr(module, SETTINGS_ATTRIBUTE))
 
 
 def install(model: PreTrainedModel) -> None:
     """Prepare a model that is being built, before its weights are initialised or loaded.
 
-    Each attention module gets its settings, its length scaling's parameters and a pre-hook that brings the layer's
-    input to the attention function. Models with any other attention implementation are left alone.
+    Each attention module gets its settings, the parameters of its length scaling, and a pre-hook that passes the
+    layer's input to the attention function. Models with other attention implementations are not changed.
 
     Raises:
-        NotImplementedError: the model can't be supported; the message says why.
-        ValueError: flags that don't fit the model.
+        NotImplementedError: the model is not supported; the message says why.
+        ValueError: the flags do not fit the model.
     """
     if preset_of(model.config) is None:
         return
@@ -90,25 +98,25 @@ def install(model: PreTrainedModel) -> None:
 
 
 def _check_parts(model: PreTrainedModel) -> None:
-    """A model without attention of its own holds models that have it: a head's base model, or a composite's parts."""
+    """Check a model whose attention belongs to models inside it: a base model, or the parts of a composite model."""
     installed = [attention for _, attention in installed_attentions(model)]
     if not installed:
         raise NotImplementedError(_no_attention_message(model))
     flags = getattr(model.config, "asentmax", None)
     if flags is not None and all(attention.config is not model.config for attention in installed):
         raise ValueError(
-            f"config.asentmax is set on {type(model.config).__name__}, and the attention belongs to a part of "
-            f"{type(model).__name__}, which would not see it: set it on that part, e.g. config.text_config.asentmax"
+            f"config.asentmax is set on {type(model.config).__name__}, but the attention belongs to a part of "
+            f"{type(model).__name__}, which does not read it: set it on that part, e.g. config.text_config.asentmax"
         )
 
 
 def _no_attention_message(model: PreTrainedModel) -> str:
     return (
         f"{type(model).__name__} (model_type {model.config.model_type!r}) has no attention that goes through "
-        "transformers' attention interface (ALL_ATTENTION_FUNCTIONS), so hf_asentmax can't change it. Use a decoder "
-        "that does (Llama, Mistral, Qwen, Gemma, OLMo, Phi-3, GPT-2, GPT-NeoX and most recent families). A composite "
-        "model names its parts: attn_implementation={'text_config': 'asentmax', 'vision_config': 'sdpa'}, with flags "
-        "in config.text_config.asentmax"
+        "transformers' attention interface (ALL_ATTENTION_FUNCTIONS), so hf_asentmax cannot change it. Use a decoder "
+        "that does (Llama, Mistral, Qwen, Gemma, OLMo, Phi-3, GPT-2, GPT-NeoX and most recent families). For a "
+        "composite model name the parts: attn_implementation={'text_config': 'asentmax', 'vision_config': 'sdpa'}, "
+        "with flags in config.text_config.asentmax"
     )
 
 
@@ -116,15 +124,15 @@ def _check_attention(model: PreTrainedModel, name: str, attention: nn.Module, fl
     where = f"{type(attention).__name__} at {name!r} of {type(model).__name__}"
     if getattr(attention, "is_cross_attention", False) or not getattr(attention, "is_causal", True):
         raise NotImplementedError(
-            f"hf_asentmax supports causal self-attention (decoders), and {where} is not causal. For a multimodal "
-            "model give the implementation to its text part alone: "
+            f"hf_asentmax supports causal self-attention (decoders), but {where} is not causal. For a multimodal "
+            "model set the implementation of the text part only: "
             "attn_implementation={'text_config': 'asentmax', 'vision_config': 'sdpa'}"
         )
     parameters = inspect.signature(attention.forward).parameters
     if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
         raise NotImplementedError(
-            f"{where} takes no **kwargs, so the layer's input, which beta and gamma are projected from, can't reach "
-            "the attention function"
+            f"{where} takes no **kwargs, so the layer's input, from which beta and gamma are projected, cannot reach "
+            "the attention function; use a family whose attention takes **kwargs"
         )
 
 
@@ -152,12 +160,12 @@ def _install_attention(attention: nn.Module, config: Any, flags: ASEntmaxConfig)
 def _attention_pre_hook(
     attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Bring the layer's input to the attention function, and rotary positions that don't rotate to the attention."""
+    """Pass the layer's input and the cache to the attention function, and switch rotary positions off."""
     settings: AttentionSettings = getattr(attention, SETTINGS_ATTRIBUTE)
     if preset_of(attention.config) is None:  # type: ignore[arg-type]
         raise RuntimeError(
             f"the config of a model with hf_asentmax's attention was changed to attn_implementation="
-            f"{attention.config._attn_implementation!r} after it was built, and would run without it. "  # type: ignore[union-attr]
+            f"{attention.config._attn_implementation!r} after it was built, so the model would run another attention. "  # type: ignore[union-attr]
             "Give each model its own config"
         )
     kwargs = dict(kwargs)
@@ -174,5 +182,5 @@ def _attention_pre_hook(
 
 
 def scaling_of(attention: nn.Module) -> LengthScaling | None:
-    """The length scaling's module (under an adapter its wrapper), or None."""
+    """The module of the length scaling (the wrapper under an adapter), or None."""
     return getattr(attention, SCALING_ATTRIBUTE, None)

@@ -1,4 +1,4 @@
-"""The few methods of transformers that are wrapped, each for one reason. Other models pass through unchanged."""
+"""Wraps a few methods of transformers, each for one reason. Models with other attentions behave as before."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _wrap(owner: type | ModuleType, name: str, make: Callable[[Callable[..., Any
 
 
 def apply_patches() -> None:
-    """Wrap transformers' methods, once per process."""
+    """Wrap transformers' methods. Methods that are already wrapped are skipped."""
     _wrap(PreTrainedModel, "_from_config", _leaving_the_config_alone)
     _wrap(PreTrainedModel, "_check_and_adjust_attn_implementation", _resolving_flags)
     _wrap(PreTrainedModel, "post_init", _installing)
@@ -46,17 +46,22 @@ def apply_patches() -> None:
 
 
 def resolve_implementation(config: PreTrainedConfig, requested: str | None) -> str | None:
-    """The attention implementation to run for a config and what was asked for, checking the flags.
+    """The attention implementation to run, from a config and the requested implementation.
+
+    Args:
+        config: the model's config, which may have flags.
+        requested: the ``attn_implementation`` argument, or the entry of config.json; None if there is neither.
 
     Raises:
-        ValueError: the flags and the implementation contradict each other.
+        ValueError: the flags and the requested implementation contradict each other.
+        TypeError: config.asentmax is neither an ASEntmaxConfig nor a dict of its flags.
     """
     flags = getattr(config, "asentmax", None)
     if requested == FILE_IMPLEMENTATION:
         if flags is None:
             raise ValueError(
-                'this config.json names hf_asentmax as its "attn_implementation" but has no "asentmax" flags; it was '
-                "edited by hand or cut. Restore them, or pass attn_implementation explicitly"
+                'this config.json names hf_asentmax as its "attn_implementation" but has no "asentmax" flags; the '
+                "file was edited or truncated. Restore the flags, or pass attn_implementation explicitly"
             )
         return preset_for_flags(config, ASEntmaxConfig.from_preset("asentmax", flags))
     if requested in PRESETS:
@@ -65,9 +70,9 @@ def resolve_implementation(config: PreTrainedConfig, requested: str | None) -> s
             if requested != preset_for_flags(config, saved):
                 raise ValueError(
                     f"this checkpoint was saved with {saved}, which attn_implementation={requested!r} contradicts. "
-                    "Leave attn_implementation out to restore it, or set config.asentmax to the flags that you want"
+                    "Leave attn_implementation out to restore it, or set config.asentmax to the flags you want"
                 )
-        ASEntmaxConfig.from_preset(requested, flags)  # raises where flags and preset don't go together
+        ASEntmaxConfig.from_preset(requested, flags)  # raises if the flags contradict the preset
         return requested
     if flags is None:
         return requested
@@ -80,20 +85,22 @@ def resolve_implementation(config: PreTrainedConfig, requested: str | None) -> s
 
 
 def _from_file(flags: Any) -> bool:
-    """Whether flags were read from a config.json that the plugin wrote: a dict that names all of them."""
+    """Whether the flags were read from a config.json that the plugin wrote: a dict with all flags."""
     return isinstance(flags, dict) and set(flags) == set(ASEntmaxConfig().to_dict())
 
 
 def _asks_for_a_preset(attn_implementation: str | dict[str, Any] | None) -> bool:
-    """Whether an implementation, or one of those given per sub-config, is a preset."""
+    """Whether an implementation, or that of any sub-config, is a preset."""
     if isinstance(attn_implementation, dict):
         return any(_asks_for_a_preset(part) for part in attn_implementation.values())
     return attn_implementation in PRESETS
 
 
 def _leaving_the_config_alone(original: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers writes the implementation into the config that it is given, and models read it there in every
-    forward: a softmax model built from the same object would turn into another, or an ASEntmax model into softmax.
+    """Copies the config before a model with a preset is built.
+
+    transformers writes the implementation into the config that it receives, and models read it there in every forward.
+    Two models built from one config object would change each other's attention.
     """
 
     def _from_config(cls: type[PreTrainedModel], config: PreTrainedConfig, **kwargs: Any) -> PreTrainedModel:
@@ -105,7 +112,7 @@ def _leaving_the_config_alone(original: Callable[..., Any]) -> Callable[..., Any
 
 
 def _resolving_flags(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags are checked, and a saved name resolved, where transformers settles the implementation."""
+    """Checks the flags and resolves the saved implementation where transformers chooses the implementation."""
 
     def _check_and_adjust_attn_implementation(
         self: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any
@@ -113,8 +120,8 @@ def _resolving_flags(original: Callable[..., Any]) -> Callable[..., Any]:
         resolved = resolve_implementation(self.config, attn_implementation)
         if resolved in PRESETS and getattr(self.config, "is_encoder_decoder", False):
             raise NotImplementedError(
-                f"hf_asentmax supports decoders, and {type(self).__name__} is an encoder-decoder model; "
-                "its cross-attention and encoder have no definition in the paper"
+                f"hf_asentmax supports decoders, but {type(self).__name__} is an encoder-decoder model; the paper "
+                "defines no cross-attention and no encoder. Use a decoder, or another attn_implementation"
             )
         return original(self, resolved, *args, **kwargs)
 
@@ -122,11 +129,11 @@ def _resolving_flags(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _installing(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The parameters must exist before weights are initialised or loaded; ``post_init`` comes right before that."""
+    """Installs the parameters in ``post_init``, which runs right before weights are initialised or loaded."""
 
     def post_init(self: PreTrainedModel) -> None:
         install(self)
-        for cls in type(self).__mro__:  # found here, as importing transformers.generation is slow
+        for cls in type(self).__mro__:  # importing transformers.generation at the top would be slow
             if "init_continuous_batching" in vars(cls):
                 _wrap(cls, "init_continuous_batching", _refusing_continuous_batching)
         original(self)
@@ -135,12 +142,12 @@ def _installing(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _initialising_scalings(original: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers leaves parameters of modules it doesn't know as uninitialised memory."""
+    """Initialises length scalings. transformers leaves parameters of unknown modules as uninitialised memory."""
 
     def _initialize_weights(self: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
         if isinstance(module, LengthScaling):
             if not getattr(module, "_is_hf_initialized", False):
-                module.reset_parameters()  # torch.nn.init, guarded by transformers for parameters already loaded
+                module.reset_parameters()  # transformers guards torch.nn.init for loaded parameters
                 module._is_hf_initialized = True  # type: ignore[assignment]
             return
         original(self, module, *args, **kwargs)
@@ -149,14 +156,14 @@ def _initialising_scalings(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refusing_to_switch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A built model has parameters and hooks of its implementation; switching would leave or miss them."""
+    """Refuses to switch a built model to or from a preset, because its parameters and hooks would not follow."""
 
     def set_attn_implementation(self: PreTrainedModel, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         installed = next(installed_attentions(self), None) is not None
         current = self.config._attn_implementation
         if (installed or _asks_for_a_preset(attn_implementation)) and attn_implementation != current:
             raise ValueError(
-                f"the attention of a built model can't be switched from {current!r} to {attn_implementation!r}: "
+                f"the attention of a built model cannot be switched from {current!r} to {attn_implementation!r}: "
                 "hf_asentmax's presets have parameters and hooks of their own. Load the model again with "
                 "from_pretrained(..., attn_implementation=...)"
             )
@@ -166,13 +173,13 @@ def _refusing_to_switch(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refusing_continuous_batching(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Continuous batching knows a few attentions by name and would have a user switch to softmax, or do so itself."""
+    """Refuses continuous batching, which accepts a few attentions by name and may switch to softmax by itself."""
 
     def init_continuous_batching(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if next(installed_attentions(self), None) is not None:
             raise NotImplementedError(
                 "continuous batching (generate_batch, cache_implementation='paged') expects one of transformers' own "
-                f"attention implementations and got {type(self).__name__} with hf_asentmax's "
+                f"attention implementations, got {type(self).__name__} with hf_asentmax's "
                 f"{self.config._attn_implementation!r}, which has no paged cache. Use generate() with left-padded "
                 "batches and a dynamic, static or quantized cache"
             )
@@ -182,7 +189,7 @@ def _refusing_continuous_batching(original: Callable[..., Any]) -> Callable[...,
 
 
 def _without_scalings(original: Callable[..., list[str]]) -> Callable[..., list[str]]:
-    """``Trainer`` decays the parameters that this recursive function lists, all but biases and norms."""
+    """Excludes length scalings from the parameters that ``Trainer`` decays, which this recursive function lists."""
 
     def get_parameter_names(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
         return [] if isinstance(model, LengthScaling) else original(model, *args, **kwargs)
@@ -191,7 +198,7 @@ def _without_scalings(original: Callable[..., list[str]]) -> Callable[..., list[
 
 
 def _with_plain_flags(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``config.asentmax`` may be an ASEntmaxConfig; dicts and JSON of a config need plain values."""
+    """Writes ``config.asentmax`` as a dict, because a config's dict and JSON need plain values."""
 
     def to_dict(self: PreTrainedConfig) -> dict[str, Any]:
         output = original(self)
@@ -203,7 +210,7 @@ def _with_plain_flags(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _writing_flags(original: Callable[..., Any]) -> Callable[..., Any]:
-    """config.json is the only place that can say that a checkpoint is not softmax."""
+    """Writes the flags into config.json, the only file that can say that a checkpoint is not softmax."""
 
     def to_json_file(self: PreTrainedConfig, json_file_path: Any, use_diff: bool = True) -> None:
         if is_ours(self):

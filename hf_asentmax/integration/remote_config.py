@@ -1,6 +1,6 @@
-"""Lets transformers load this checkpoint with trust_remote_code=True: the attention is in the package hf_asentmax.
+"""Lets transformers load this checkpoint with trust_remote_code=True.
 
-The weights need that package (pip install hf_asentmax); without it transformers would not know their attention.
+The attention of this checkpoint is in the package hf_asentmax (pip install hf_asentmax).
 """
 
 from typing import Any
@@ -11,9 +11,9 @@ import hf_asentmax  # noqa: F401  (registers the attention; transformers names t
 
 
 class ASEntmaxAutoConfig(PreTrainedConfig):
-    """Stands for the checkpoint's own config class, whichever family it is of."""
+    """Returns the checkpoint's own config class, for any model family."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """The family's config, read after hf_asentmax was imported."""
+        """Read the family's config, after hf_asentmax was imported."""
         return AutoConfig.from_pretrained(pretrained_model_name_or_path, **{**kwargs, "trust_remote_code": False})

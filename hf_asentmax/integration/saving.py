@@ -1,4 +1,4 @@
-"""What goes into a checkpoint's config.json, and the small module that is saved beside it."""
+"""Writes a checkpoint's config.json, and the small module that is saved beside it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ _OWN_CLASS = f"{REMOTE_MODULE}.{REMOTE_CLASS}"
 
 
 def _is_own_class(reference: Any) -> bool:
-    """Some versions of transformers put the repository of a downloaded checkpoint before it: "repository--..."."""
+    """Whether an auto_map entry names the plugin's class. Some versions of transformers prefix it by "repository--"."""
     return isinstance(reference, str) and reference.endswith(_OWN_CLASS)
 
 
 def drop_own_class(config: PreTrainedConfig) -> None:
-    """A config that came from one of our checkpoints and is softmax now names a module that isn't saved with it."""
+    """Remove the plugin's entries from a softmax config that was loaded from a checkpoint of the plugin.
+
+    Its auto_map would name a module that is not saved with it.
+    """
     vars(config).pop(PRESET_ENTRY, None)
     auto_map = getattr(config, "auto_map", None)
     if isinstance(auto_map, dict) and _is_own_class(auto_map.get("AutoConfig")):
@@ -34,7 +37,7 @@ def drop_own_class(config: PreTrainedConfig) -> None:
 
 
 def _own_flags(config: PreTrainedConfig) -> ASEntmaxConfig | None:
-    """The flags to save for one config (not its sub-configs), or None if its attention is not ours."""
+    """The flags to save for one config without its sub-configs, or None if its attention is not a preset."""
     if preset_of(config) is not None:
         return flags_of(config)
     flags = getattr(config, "asentmax", None)
@@ -42,7 +45,7 @@ def _own_flags(config: PreTrainedConfig) -> ASEntmaxConfig | None:
 
 
 def _parts(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
-    """The sub-configs of a composite model's config, with their keys."""
+    """The keys and sub-configs of a composite model's config."""
     for key in getattr(config, "sub_configs", {}):
         part = getattr(config, key, None)
         if isinstance(part, PreTrainedConfig):
@@ -50,13 +53,14 @@ def _parts(config: PreTrainedConfig) -> Iterator[tuple[str, PreTrainedConfig]]:
 
 
 def is_ours(config: PreTrainedConfig) -> bool:
-    """Whether a config, or one of its sub-configs, has an attention of ours."""
+    """Whether a config or one of its sub-configs has an attention of the plugin."""
     return _own_flags(config) is not None or any(is_ours(part) for _, part in _parts(config))
 
 
 def _file_implementation(config: PreTrainedConfig) -> str | dict[str, Any] | None:
-    """The ``attn_implementation`` entry: for a composite model one per part, as transformers hands a name alone down
-    to every part, and an absent entry too.
+    """The ``attn_implementation`` entry of config.json.
+
+    A composite model has one entry per part, because transformers applies a single name to every part.
     """
     own = FILE_IMPLEMENTATION if _own_flags(config) is not None else None
     of_parts = {key: _file_implementation(part) for key, part in _parts(config)}
@@ -66,7 +70,7 @@ def _file_implementation(config: PreTrainedConfig) -> str | dict[str, Any] | Non
 
 
 def _with_flags(config: PreTrainedConfig, entries: dict[str, Any]) -> dict[str, Any]:
-    """`entries`, what transformers writes for `config`, with the flags added, in sub-configs too."""
+    """The entries that transformers writes for `config`, with the flags added, also in sub-configs."""
     entries = dict(entries)
     flags = _own_flags(config)
     if flags is not None:
@@ -84,8 +88,13 @@ def _with_flags(config: PreTrainedConfig, entries: dict[str, Any]) -> dict[str, 
 def write_config_file(config: PreTrainedConfig, path: str | Path, use_diff: bool = True) -> None:
     """Write config.json with all flags, and beside it the module that ``trust_remote_code=True`` loads.
 
-    The ``attn_implementation`` entry makes transformers without the plugin refuse the checkpoint, by any class and
-    not only through the Auto classes. An ``AutoConfig`` entry that a custom model already has stays.
+    The ``attn_implementation`` entry makes transformers without the plugin refuse the checkpoint, through the Auto
+    classes and through any model class. An ``AutoConfig`` entry of a custom model is kept.
+
+    Args:
+        config: the config of a model with an attention of the plugin.
+        path: the path of config.json.
+        use_diff: as for ``PreTrainedConfig.to_json_file``.
     """
     path = Path(path)
     entries = _with_flags(config, json.loads(config.to_json_string(use_diff=use_diff)))

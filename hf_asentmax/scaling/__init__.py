@@ -1,4 +1,4 @@
-"""Length scalings: what they compute (`modules`), and how a query takes its factor (`query`)."""
+"""Length scalings: the modules that compute a factor (`modules`) and its product with the query (`query`)."""
 
 from .modules import AsentmaxScaling, LearnedScaling, LengthScaling, SSMaxScaling, build_scaling
 from .query import scaled_query

@@ -1,6 +1,6 @@
 """Length scalings: a factor on each query's scores that depends on how many keys the query sees.
 
-The factor multiplies the query, so that neither the mapping nor a kernel needs to know of it.
+The factor multiplies the query, so neither the mappings nor the kernels know about it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ __all__ = ["AsentmaxScaling", "LearnedScaling", "LengthScaling", "SSMaxScaling",
 
 
 class LengthScaling(nn.Module):
-    """A factor per query and head; the base of the scalings that have parameters.
+    """The base class of the scalings with parameters: one factor per query and head.
 
-    Parameters are plain tensors, not ``nn.Linear``: quantisers and "all-linear" adapters then leave them alone.
+    The parameters are plain tensors and not ``nn.Linear``, so that quantizers and "all-linear" adapters ignore them.
     """
 
     def __init__(self, num_heads: int) -> None:
@@ -22,15 +22,15 @@ class LengthScaling(nn.Module):
         self.num_heads = num_heads
 
     def reset_parameters(self) -> None:
-        """Give the parameters their initial values, in place."""
+        """Set the parameters to their initial values, in place."""
         raise NotImplementedError
 
     def forward(self, hidden_states: torch.Tensor, visible_count: torch.Tensor) -> torch.Tensor:
-        """The factor.
+        """The factor of each query and head.
 
         Args:
-            hidden_states: (batch, q_len, hidden_size), the attention's (normed) input.
-            visible_count: (batch or 1, heads or 1, q_len), how many keys each query sees.
+            hidden_states: (batch, q_len, hidden_size), the attention's (normalised) input.
+            visible_count: (batch or 1, heads or 1, q_len) int, the number of keys that each query sees.
 
         Returns:
             (batch or 1, num_heads, q_len), float32 (float64 for float64 parameters).
@@ -50,17 +50,17 @@ def _factor_dtype(parameter: torch.Tensor) -> torch.dtype:
 
 
 def _softplus(inputs: torch.Tensor) -> torch.Tensor:
-    """log(1 + exp(x)). torch.compile expects other strides of the gradient of torch's own softplus than it has."""
+    """log(1 + exp(x)). torch.compile assumes wrong strides for the gradient of torch's own softplus."""
     return torch.logaddexp(inputs, inputs.new_zeros(()))
 
 
 def _projected(
     inputs: torch.Tensor, weights: tuple[torch.Tensor, ...], biases: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
-    """weight inputs + bias for each weight, in few kernels: their number is what counts at this size.
+    """inputs @ weight.T + bias for each weight, in few kernels, because launches dominate at this size.
 
-    For one row (decoding) sums of products, which torch.compile fuses with what comes after, where a library's product
-    takes three kernels each; else one product for all.
+    For one row (decoding) this is a sum of products, which torch.compile fuses with the operations after it; a library
+    product would take three kernels for each weight. For more rows it is one product for all weights.
     """
     if inputs.shape[1] == 1:
         dtype = torch.promote_types(weights[0].dtype, torch.float32)
@@ -72,7 +72,7 @@ def _projected(
 class SSMaxScaling(LengthScaling):
     r"""SSMax: s_h log n_i, one learned s per head ("Scalable-Softmax is superior for attention", Nakanishi 2025).
 
-    s starts at 1 (the ASEntmax authors' code draws it from N(1, 0.01); the spread carries no information).
+    s starts at 1. (The ASEntmax authors' code draws it from N(1, 0.01).)
     """
 
     def __init__(self, num_heads: int) -> None:
@@ -95,13 +95,13 @@ class AsentmaxScaling(LengthScaling):
         \beta_i = \mathrm{softplus}(W_\beta x_i + b_\beta), \qquad
         \gamma_i = \mathrm{gamma\_range} \cdot \tanh(W_\gamma x_i + b_\gamma)
 
-    The logarithm is of 1 + n_i, as in the authors' code: log 1 = 0 would break a negative gamma.
+    The logarithm is of 1 + n_i, as in the authors' code, because log 1 = 0 has no negative powers.
 
-    **Start.** All projections and biases are zero: beta = log 2 and gamma = 0, so every score is multiplied by
-    delta + 0.69 whatever the length, and both beta and gamma receive gradients at once. With alpha = 1.5, which
-    multiplies scores by alpha - 1 = 1/2, that is close to a neutral start. The paper doesn't state an init; with the
-    library default of its authors' code (normal, 0.02) an independent group left MQMTAR's loss plateau in 0 of 10
-    runs, with zero projections in 3 of 3.
+    **Initial values.** All projections and biases are zero. Then beta = log 2 and gamma = 0, every score is multiplied
+    by delta + log 2 at any length, and beta and gamma both receive gradients from the first step. With alpha = 1.5,
+    which multiplies scores by alpha - 1 = 1/2, this is nearly neutral. The paper does not state initial values. With
+    the default of the authors' code (normal, 0.02), an independent group left MQMTAR's loss plateau in 0 of 10 runs;
+    with zero projections, in 3 of 3.
     """
 
     def __init__(self, num_heads: int, hidden_size: int, delta: float, gamma_range: float) -> None:
@@ -133,9 +133,9 @@ class AsentmaxScaling(LengthScaling):
 
 
 class LearnedScaling(LengthScaling):
-    r"""The paper's ablation: delta + beta_h (log(1 + n_i))^{gamma_h}, one learned pair per head.
+    r"""The paper's ablation: delta + beta_h (log(1 + n_i))^{gamma_h}, with one learned pair per head.
 
-    The authors' code draws beta from U(0.1, 1) and gamma from N(0, 0.1), and so does this.
+    beta is drawn from U(0.1, 1) and gamma from N(0, 0.1), as in the authors' code.
     """
 
     def __init__(self, num_heads: int, delta: float) -> None:
@@ -161,7 +161,7 @@ class LearnedScaling(LengthScaling):
 def build_scaling(
     scaling: str, *, num_heads: int, hidden_size: int, delta: float | None, gamma_range: float | None
 ) -> LengthScaling | None:
-    """The module of a scaling, or None for those without parameters (`none`, `adaptive_temperature`)."""
+    """The module of a scaling, or None for scalings without parameters (`none`, `adaptive_temperature`)."""
     if scaling == "ssmax":
         return SSMaxScaling(num_heads)
     if scaling == "asentmax":

@@ -1,4 +1,4 @@
-"""The factors of a length scaling on their queries."""
+"""The product of queries and the factors of a length scaling."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ __all__ = ["scaled_query"]
 
 
 def scaled_query(query: torch.Tensor, factor: torch.Tensor, num_unscaled_heads: int = 0) -> torch.Tensor:
-    """Each query times its factor; scores are linear in queries, so this scales the scores.
+    """Multiply each query by its factor. Scores are linear in the query, so this scales the scores.
 
     Args:
         query: (batch, heads, q_len, head_dim).
-        factor: (batch or 1, heads - num_unscaled_heads, q_len), for all heads after the first `num_unscaled_heads`.
+        factor: (batch or 1, heads - num_unscaled_heads, q_len), the factors of the heads after the unscaled ones.
+        num_unscaled_heads: the number of leading heads that keep their scores.
 
     Returns:
-        As query. The product is rounded to its type once.
+        (batch, heads, q_len, head_dim), in query's type, rounded once.
     """
     if num_unscaled_heads > 0:
         ones = factor.new_ones((factor.shape[0], num_unscaled_heads, factor.shape[2]))
@@ -34,7 +35,7 @@ def _scaled(query: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 
 
 class _ScaledRows(torch.autograd.Function):
-    """The same for a compiled training step, but that the factors' gradient is summed by `row_products`."""
+    """`_scaled` for compiled training: `row_products` sums the gradient of the factors."""
 
     @staticmethod
     def forward(ctx: Any, query: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
@@ -51,7 +52,7 @@ class _ScaledRows(torch.autograd.Function):
         return _scaled(grad, factor), of_factor.to(factor.dtype)
 
 
-# An operator, as torch.compile's tracer takes one whole; its autograd formula is then traced as any other.
+# It is an operator because torch.compile does not trace into one. Its autograd formula is traced like any other.
 _library = torch.library.Library("hf_asentmax", "FRAGMENT")
 _library.define("scale_rows(Tensor query, Tensor factor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.impl("scale_rows", _scaled, "CompositeExplicitAutograd")

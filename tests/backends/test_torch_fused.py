@@ -1,6 +1,6 @@
-"""Softmax attention by PyTorch's fused functions against the eager definition in float64: every way, every mask.
+"""Softmax attention by PyTorch's fused functions against the eager definition in float64: every kernel, every mask.
 
-On the CPU these functions run as their own plain references; the kernels behind them are tested on a GPU.
+On the CPU PyTorch runs its own reference implementations of these functions. The fused kernels are tested on a GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 
 from hf_asentmax import entmax_attention
-from hf_asentmax.backends import torch_fused as softmax
+from hf_asentmax.backends import torch_fused
 from hf_asentmax.masks import query_positions, visible_keys
 
 from calls import call_of, fused_softmax, masks_of
@@ -54,7 +54,7 @@ CASES: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 def case_of(name: str, kv_heads: int, dtype: torch.dtype, device: str = "cpu") -> tuple[list[torch.Tensor], Any, Any]:
-    """[query, key, value], the output's gradient, and the options of a case."""
+    """The tensors [query, key, value], the gradient of the output, and the options of a case."""
     q_len, kv_len, options = CASES[name]
     options = dict(options)
     batch, expanded = options.pop("batch", BATCH), options.pop("expanded", False)
@@ -78,7 +78,7 @@ def case_of(name: str, kv_heads: int, dtype: torch.dtype, device: str = "cpu") -
 
 
 def check(name: str, kv_heads: int, dtype: torch.dtype, device: str, tolerance: float) -> None:
-    """Output and gradients of a case against the definition in float64; exact zeros for rows without keys."""
+    """Check output and gradients of a case against the definition in float64, and exact zeros for rows without keys."""
     tensors, grad, options = case_of(name, kv_heads, dtype, device)
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     expected = entmax_attention(*exact, alpha=1.0, backend="eager", **options)
@@ -96,14 +96,14 @@ def check(name: str, kv_heads: int, dtype: torch.dtype, device: str, tolerance: 
 
 
 def without_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No bias, whatever the lengths: what is neither plain nor a single query goes to FlexAttention."""
-    monkeypatch.setattr(softmax, "_SHORT", 0)
-    monkeypatch.setattr(softmax, "_FEW", 1)
+    """Never use a bias: every call but plain attention and single queries goes to FlexAttention."""
+    monkeypatch.setattr(torch_fused, "_SHORT_KV_LEN", 0)
+    monkeypatch.setattr(torch_fused, "_FEW_QUERIES", 1)
 
 
 @pytest.fixture
-def flex_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`without_bias`; on the CPU, FlexAttention's reference lets gradients through."""
+def flex_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`without_bias`, and gradients through FlexAttention's reference on the CPU."""
     without_bias(monkeypatch)
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *tensors: None)
     torch._dynamo.reset()
@@ -117,35 +117,36 @@ def test_scaled_dot_product_attention(name: str, kv_heads: int) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention(name: str, flex_alone: None) -> None:
+def test_flex_attention(name: str, flex_only: None) -> None:
     check(name, 2, torch.float64, "cpu", 1e-9)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_blocks_cover_what_is_visible(name: str) -> None:
-    """A block that is left out shows no key, one that is taken without a look at its mask shows all."""
+    """Blocks that are skipped show no key, and blocks that are computed without a mask show every key."""
     tensors, _, options = case_of(name, HEADS, torch.float32)
     q_len, kv_len = tensors[0].shape[2], tensors[1].shape[2]
     visible = visible_keys(query_positions(q_len, kv_len, "cpu"), kv_len, masks_of(**options))
     visible = torch.tensor(True) if visible is None else visible
     visible = visible.expand(*visible.shape[:-2] or (1, 1), q_len, kv_len)
-    start, stop = softmax._key_interval(call_of(*tensors, alpha=1.0, **options))
-    some, every = softmax._blocks(start, stop, kv_len, softmax._shared(options.get("attention_mask")))
+    start, stop = torch_fused.key_interval(call_of(*tensors, alpha=1.0, **options))
+    mask = torch_fused.mask_without_expanded_batch(options.get("attention_mask"))
+    computed, full = torch_fused.block_masks(start, stop, kv_len, mask)
     visible = torch.nn.functional.pad(visible, (0, -kv_len % 128, 0, -q_len % 128))
     batch, heads, rows, columns = visible.shape
     tiles = visible.reshape(batch, heads, rows // 128, 128, columns // 128, 128).transpose(3, 4)
-    assert some.shape[2:] == every.shape[2:] == tiles.shape[2:4]
-    assert not bool((tiles.any(5).any(4) & ~some).any())
-    assert not bool((every & ~tiles.all(5).all(4)).any())
-    assert not bool((every & ~some).any())
+    assert computed.shape[2:] == full.shape[2:] == tiles.shape[2:4]
+    assert not bool((tiles.any(5).any(4) & ~computed).any())
+    assert not bool((full & ~tiles.all(5).all(4)).any())
+    assert not bool((full & ~computed).any())
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("causal", "full", "one query")])
-def test_blocks_by_key_are_those_by_query(name: str, flex_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lists that gradients go by against PyTorch's, made from those of the output."""
+def test_blocks_by_key_are_those_by_query(name: str, flex_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block lists of the backward pass equal those that PyTorch derives from the forward lists."""
     made: list[BlockMask] = []
-    monkeypatch.setattr(softmax, "BlockMask", lambda *args, **kwargs: made.append(BlockMask(*args, **kwargs)))
-    monkeypatch.setattr(softmax, "flex_attention", lambda query, *args, **kwargs: query)
+    monkeypatch.setattr(torch_fused, "BlockMask", lambda *args, **kwargs: made.append(BlockMask(*args, **kwargs)))
+    monkeypatch.setattr(torch_fused, "flex_attention", lambda query, *args, **kwargs: query)
     tensors, _, options = case_of(name, HEADS, torch.float32)
     fused_softmax(*tensors, **options)
     (ours,) = made
@@ -166,8 +167,14 @@ def test_autocast() -> None:
     assert_close("output", output, entmax_attention(*exact, alpha=1.0, backend="eager", **options), 1e-2)
 
 
-@pytest.mark.parametrize("name", ["left padding, alibi", "4D per head", "4D per head for all", "packed"])
-def test_flex_attention_is_compiled_without_a_graph_break(name: str, flex_alone: None) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "left padding, alibi",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("4D per head", "4D per head for all", "packed")),
+    ],
+)
+def test_flex_attention_is_compiled_without_a_graph_break(name: str, flex_only: None) -> None:
     tensors, grad, options = case_of(name, 2, torch.float32)
     compiled = torch.compile(fused_softmax, fullgraph=True, backend="aot_eager")
     output = compiled(*tensors, **options)
@@ -178,10 +185,11 @@ def test_flex_attention_is_compiled_without_a_graph_break(name: str, flex_alone:
         assert_close("gradient", actual, wanted, 1e-5)
 
 
-def test_flex_attention_is_not_compiled_for_each_length(flex_alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of a growing cache; from the second length on the lengths are variables of the compiled graph."""
+def test_flex_attention_is_not_compiled_for_each_length(flex_only: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of a growing cache: from the second length on, lengths are symbols of the compiled graph."""
     counter = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(softmax, "_flex", torch.compile(softmax._flex, backend=counter))
+    compiled = torch.compile(torch_fused.flex_attention_on_intervals, backend=counter)
+    monkeypatch.setattr(torch_fused, "flex_attention_on_intervals", compiled)
     for kv_len in (150, 260, 411, 530, 700):
         tensors = [torch.randn(2, 4, length, 16) for length in (70, kv_len, kv_len)]
         options = {"scale": 0.25, "is_causal": True, "alibi_slopes": torch.tensor([1.0, 0.5, 0.05, 0.0])}
@@ -192,28 +200,28 @@ def test_flex_attention_is_not_compiled_for_each_length(flex_alone: None, monkey
 
 
 @pytest.mark.parametrize(
-    ("q_len", "kv_len", "batch", "mask", "way"),
+    ("q_len", "kv_len", "batch", "mask", "kernel"),
     [
-        (1024, 1024, 8, None, "biased"),
+        (1024, 1024, 8, None, "sdpa_with_bias"),
         (1025, 1025, 1, None, "flex"),
-        (64, 5000, 8, None, "biased"),
+        (64, 5000, 8, None, "sdpa_with_bias"),
         (65, 5000, 8, None, "flex"),
         (131, 131, 1024, "for each", "flex"),
-        (131, 131, 1024, "for all", "biased"),
+        (131, 131, 1024, "for all", "sdpa_with_bias"),
     ],
 )
-def test_which_way(q_len: int, kv_len: int, batch: int, mask: str | None, way: str) -> None:
-    """A bias where it is small: short rows, few queries, one mask for all samples."""
+def test_which_kernel(q_len: int, kv_len: int, batch: int, mask: str | None, kernel: str) -> None:
+    """A bias is used where it is small: short rows, few queries, one mask for all samples."""
     query, key = (torch.empty(batch, 16, length, 16, device="meta") for length in (q_len, kv_len))
     given = None if mask is None else torch.empty(batch, 16, q_len, kv_len, dtype=torch.bool, device="meta")
     if given is not None and mask == "for all":
         given = given[:1].expand(batch, -1, -1, -1)
     slopes = torch.empty(16, device="meta")
     call = call_of(query, key, key, alpha=1.0, attention_mask=given, alibi_slopes=slopes)
-    assert softmax._way(softmax._prepared(call)) == way
+    assert torch_fused.kernel_for(torch_fused.prepared(call)) == kernel
 
 
-def test_what_it_refuses() -> None:
+def test_unsupported_calls() -> None:
     tensors, _, _ = case_of("causal", 2, torch.float32)
     with pytest.raises(NotImplementedError, match="CUDA GPU"):
         entmax_attention(*tensors, alpha=1.0, backend="torch")
@@ -227,33 +235,35 @@ def softmax_model(**flags: Any) -> PreTrainedModel:
 
 
 def results_of(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The logits of tokens that are no padding, and all gradients of their loss in one vector."""
+    """The logits of the tokens that are not padding, and all gradients of their loss in one vector."""
     logits = model(ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
     loss = torch.nn.functional.cross_entropy(logits.double(), ids[mask.bool()])
     grads = torch.autograd.grad(loss, list(model.parameters()))
     return logits.detach(), torch.cat([grad.double().flatten() for grad in grads])
 
 
-@pytest.mark.parametrize(("scaling", "compiled"), [("none", False), ("ssmax", True)])
-def test_the_plugin_takes_it(scaling: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it would on a GPU, without a graph break."""
+@pytest.mark.parametrize(
+    ("scaling", "compiled"), [("none", False), pytest.param("ssmax", True, marks=pytest.mark.slow)]
+)
+def test_models_use_this_backend(scaling: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, and without a graph break."""
     ids, mask = random_ids(2, 30), torch.ones(2, 30, dtype=torch.long)
     mask[0, :9] = 0
     model = softmax_model(scaling=scaling)
     expected = results_of(model, ids, mask)
-    taken: list[int] = []
+    calls: list[int] = []
 
     def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
-        taken.append(1)
+        calls.append(1)
         return attention(*args, **kwargs)
 
-    attention = softmax.attention
+    attention = torch_fused.attention
     monkeypatch.setattr("hf_asentmax.attention._fastest", lambda call: "torch")
-    monkeypatch.setattr(softmax, "unsupported_reason", lambda *args, **kwargs: None)
-    monkeypatch.setattr(softmax, "attention", counted)
+    monkeypatch.setattr(torch_fused, "unsupported_reason", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch_fused, "attention", counted)
     torch._dynamo.reset()
     actual = results_of(torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model, ids, mask)
-    assert len(taken) == 1
+    assert len(calls) == 1
     for result, wanted in zip(actual, expected, strict=True):
         assert_close("logits or gradients", result, wanted, 1e-5)
 
@@ -263,10 +273,10 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("way", ["biased", "flex"])
+@pytest.mark.parametrize("kernel", ["sdpa_with_bias", "flex"])
 @pytest.mark.parametrize("name", CASES)
-def test_on_a_gpu(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if way == "flex":
+def test_on_a_gpu(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernel == "flex":
         without_bias(monkeypatch)
     torch._dynamo.reset()
     check(name, 2, torch.bfloat16, "cuda", 8e-3)
@@ -274,11 +284,11 @@ def test_on_a_gpu(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 @gpu
-@pytest.mark.parametrize("way", ["biased", "flex"])
+@pytest.mark.parametrize("kernel", ["sdpa_with_bias", "flex"])
 @pytest.mark.parametrize("name", ["left padding, alibi", "4D per head", "4D for all", "4D per head for all", "packed"])
-def test_compiled_on_a_gpu(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As part of a compiled graph: what FlexAttention's functions capture is made in the same graph."""
-    if way == "flex":
+def test_compiled_on_a_gpu(name: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tensors that FlexAttention's functions read are made in the same compiled graph."""
+    if kernel == "flex":
         without_bias(monkeypatch)
     torch._dynamo.reset()
     monkeypatch.setattr("test_torch_fused.fused_softmax", torch.compile(fused_softmax, fullgraph=True))
@@ -290,7 +300,7 @@ def test_compiled_on_a_gpu(name: str, way: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(("batch", "q_len", "kv_len"), [(240, 25, 3865), (240, 70, 3910), (1024, 131, 131)])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_large_batches_on_a_gpu(batch: int, q_len: int, kv_len: int, compiled: bool) -> None:
-    """Rows of cached keys with a few queries each; short rows with a mask for each of them. Some rows are checked."""
+    """Few queries with many cached keys, and short rows with one mask each. Three rows are checked."""
     torch._dynamo.reset()
     generator = torch.Generator("cuda").manual_seed(5)
     shapes = ((batch, 16, length, 32) for length in (q_len, kv_len, kv_len))
@@ -307,7 +317,7 @@ def test_large_batches_on_a_gpu(batch: int, q_len: int, kv_len: int, compiled: b
 
     attend = torch.compile(fused_softmax) if compiled else fused_softmax
     with torch.no_grad():
-        for rows in (slice(0, batch // 8), slice(None)):  # another batch: its size is a variable of the graph
+        for rows in (slice(0, batch // 8), slice(None)):  # a second batch size makes it a symbol of the graph
             tensors, given = of(rows)
             output = attend(*tensors, **given)
         for row in (0, batch // 2, batch - 1):
@@ -323,7 +333,7 @@ def test_large_batches_on_a_gpu(batch: int, q_len: int, kv_len: int, compiled: b
 @pytest.mark.parametrize("length", [91, 1500])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_model_on_a_gpu(length: int, compiled: bool) -> None:
-    """In bf16 against float64 eager attention: the logits, the gradients, and no warning of a plain path."""
+    """Logits and gradients in bf16 against float64 eager attention."""
     torch._dynamo.reset()
     ids = random_ids(2, length).cuda()
     mask = torch.ones_like(ids)

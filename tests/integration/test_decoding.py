@@ -1,4 +1,4 @@
-"""The decoding kernels inside models (through Triton's interpreter without a GPU), and the bound that caches carry."""
+"""The decoding kernels inside models (in Triton's interpreter without a GPU), and the bound that caches carry."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 pytest.importorskip("triton")
 
-from hf_asentmax import entmax_attention
+from hf_asentmax.attention import attend
 from hf_asentmax.backends.triton.common import launching
 from hf_asentmax.backends.triton.decode import launch as decode_launch
 from hf_asentmax.backends.triton.decode import operator as decode_op
 from hf_asentmax.integration import forward
 from hf_asentmax.integration.key_norms import key_norm_bound
 
-from tiny_models import lossless_quantized_cache, perturb_scalings, random_ids, tiny_model
+from tiny_models import generating_model, lossless_quantized_cache, random_ids
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDS = random_ids(2, 18)
@@ -26,9 +26,9 @@ IDS = random_ids(2, 18)
 
 @pytest.fixture
 def decode_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """Whether a bound came with each call of the kernels, which run from 13 keys on."""
+    """For each call of the kernels, whether it had a bound. The kernels run from 13 keys on."""
     calls: list[bool] = []
-    launching.forget()  # a call remembered from another test would be repeated without coming here
+    launching.forget()  # a recorded call of another test would be replayed without this function
     original = decode_launch.decode
 
     def counted(problem: Any, output: torch.Tensor, bound: torch.Tensor | None = None) -> None:
@@ -37,23 +37,21 @@ def decode_calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
     monkeypatch.setattr(decode_launch, "decode", counted)
     monkeypatch.setattr(decode_op, "DECODE_FROM", 12)
-    monkeypatch.setattr(forward, "entmax_attention", partial(entmax_attention, backend="triton"))
+    monkeypatch.setattr(forward, "attend", partial(attend, backend="triton"))
     return calls
 
 
 def build(family: str) -> PreTrainedModel:
-    model = tiny_model(family, "asentmax", {"positions": "nape"})
-    perturb_scalings(model)
-    model.generation_config.eos_token_id = None
-    return model.to(DEVICE)
+    return generating_model(family, {"positions": "nape"}).to(DEVICE)
 
 
 def eager_logits(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, **inputs: Any) -> torch.Tensor:
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(forward, "entmax_attention", partial(entmax_attention, backend="eager"))
+        patch.setattr(forward, "attend", partial(attend, backend="eager"))
         return model(use_cache=False, **inputs).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "kind"),
     [("llama", "dynamic"), ("llama", "static"), ("llama", "quantized"), ("gemma2", "dynamic"), ("gemma2", "static")],
@@ -76,12 +74,12 @@ def test_each_step_equals_the_full_forward(
             start += size
     assert torch.allclose(torch.cat(steps, 1), full, atol=1e-5)
     if family == "llama":
-        # plain caches in both layers: ALiBi heads know the keys' norms, which a quantized cache would change
+        # Plain caches keep the norms of their keys. A quantized cache would change the keys.
         assert decode_calls == [kind != "quantized"] * 4
     assert decode_calls
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("cache", ["dynamic", pytest.param("static", marks=pytest.mark.slow)])
 def test_left_padding(cache: str, decode_calls: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = build("llama"), IDS.to(DEVICE)
     mask = torch.ones_like(ids)
@@ -103,7 +101,7 @@ def test_beams_and_assisted_decoding(decode_calls: list[bool], monkeypatch: pyte
     settings = {"max_new_tokens": 4, "do_sample": False}
     runs: list[list[torch.Tensor]] = []
     for backend in ("triton", "eager"):
-        monkeypatch.setattr(forward, "entmax_attention", partial(entmax_attention, backend=backend))
+        monkeypatch.setattr(forward, "attend", partial(attend, backend=backend))
         beams = model.generate(ids, num_beams=3, **settings)
         runs.append([beams, model.generate(ids, prompt_lookup_num_tokens=3, **settings)])
     for mine, expected in zip(*runs, strict=True):
@@ -115,7 +113,7 @@ def test_beams_and_assisted_decoding(decode_calls: list[bool], monkeypatch: pyte
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU")
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_compiled_static_cache_at_length(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """CUDA graphs, rows padded to the left: the same tokens as the dynamic cache and plain PyTorch."""
+    """With CUDA graphs and left padding, the tokens are those of the dynamic cache and of plain PyTorch."""
     model, ids = build(family), random_ids(3, 500).to(DEVICE)
     mask = torch.ones_like(ids)
     mask[0, :300] = 0
@@ -124,7 +122,7 @@ def test_compiled_static_cache_at_length(family: str, monkeypatch: pytest.Monkey
     dynamic = model.generate(ids, **settings)
     static = model.generate(ids, cache_implementation="static", **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(forward, "entmax_attention", partial(entmax_attention, backend="eager"))
+        patch.setattr(forward, "attend", partial(attend, backend="eager"))
         eager = model.generate(ids, **settings)
     assert torch.equal(dynamic, eager)
     assert torch.equal(static, eager)
@@ -160,7 +158,7 @@ def test_where_no_bound_can_be_kept_there_is_none() -> None:
         key, _ = cache.update(new, new, 0)
         assert key_norm_bound(cache, 0, key, 3) is not None
     key, _ = cache.update(9 * new, new, 0)
-    assert key_norm_bound(cache, 0, key, 3) is None  # gradients: the record is dropped, and made anew
+    assert key_norm_bound(cache, 0, key, 3) is None  # with gradients enabled the record is dropped
     with torch.no_grad():
         key, _ = cache.update(new, new, 0)
         bound = key_norm_bound(cache, 0, key, 3)
@@ -180,7 +178,7 @@ def test_where_no_bound_can_be_kept_there_is_none() -> None:
 
 @torch.no_grad()
 def test_offloaded_layers_carry_no_bound() -> None:
-    """Their keys are elsewhere when the attention runs: on another device, here in another tensor."""
+    """The keys of an offloaded layer are on another device when the attention runs; here they are another tensor."""
     config, new = build("llama").config, torch.randn(2, 2, 3, 8)
     for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=40)):
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""Every family: softmax settings equal the model's own attention, and nothing else does."""
+"""Every family: the softmax settings equal the model's own attention, and no preset does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IDS = random_ids(2, 20)
 LEFT_PADDED = torch.ones_like(IDS)
 LEFT_PADDED[0, :6] = 0
 
-# Families nobody named in the code: the one rule has to carry them.
+# Families that the package does not name: the general rule covers them.
 UNNAMED = (
     "apertus",
     "arcee",
@@ -41,7 +41,7 @@ UNNAMED = (
 
 
 def pair(family: str, flags: Any, implementation: str = "asentmax") -> tuple[PreTrainedModel, PreTrainedModel]:
-    """(the model's own softmax, ours) with equal weights."""
+    """The model with its own softmax, and with the plugin's attention, with equal weights."""
     own = tiny_model(family, "eager" if family == "gemma2" else "sdpa")  # sdpa has no soft cap
     ours = tiny_model(family, implementation, flags)
     report = ours.load_state_dict(own.state_dict(), strict=False)
@@ -66,7 +66,7 @@ def test_alpha_one_without_scaling_is_the_models_own_softmax(family: str) -> Non
 def test_no_preset_is_the_models_own_softmax(family: str, preset: str) -> None:
     flags = {"top_k": 2} if preset == "topk_softmax" else None
     own, ours = pair(family, flags, preset)
-    with torch.no_grad():  # sharper or flatter rows, so that every preset has something to do
+    with torch.no_grad():  # larger scores, so that every preset has an effect
         for model in (own, ours):
             for name, parameter in model.named_parameters():
                 if parameter.ndim == 2 and "length_scaling" not in name:
@@ -75,7 +75,7 @@ def test_no_preset_is_the_models_own_softmax(family: str, preset: str) -> None:
 
 
 @pytest.mark.parametrize("model_type", UNNAMED)
-def test_families_that_nobody_named(model_type: str) -> None:
+def test_families_covered_by_the_general_rule(model_type: str) -> None:
     def build(implementation: str, flags: Any = None) -> PreTrainedModel:
         config = AutoConfig.for_model(
             model_type,
@@ -108,13 +108,13 @@ def test_families_that_nobody_named(model_type: str) -> None:
 
 @pytest.mark.parametrize("positions", ["nope", "alibi", "nape"])
 def test_positions_switch_the_models_own_off(family: str, positions: str) -> None:
-    """Without positions of its own, a model sees only order by ALiBi and by what is visible."""
+    """Without its own positions, a model depends on order only through ALiBi and the masks."""
     model = tiny_model(family, "asentmax", {"positions": positions, "alpha": 1, "scaling": "none"})
-    shifted = torch.arange(20)[None] + 7  # rotary and learned positions would move; ours do not look at them
+    shifted = torch.arange(20)[None] + 7  # rotary and learned positions would change; ALiBi does not use position_ids
     stretched = torch.arange(20)[None] * 3
     plain = logits(model)
     assert torch.allclose(logits(model, position_ids=shifted), plain, atol=1e-6)
-    # not packed: with a mask given, transformers takes positions as they are
+    # With a mask transformers does not treat these positions as packed sequences.
     mask = torch.ones_like(IDS)
     assert torch.allclose(logits(model, position_ids=stretched, attention_mask=mask), plain, atol=1e-6)
     own = tiny_model(family, "asentmax", {"positions": "model", "alpha": 1, "scaling": "none"})
@@ -193,7 +193,7 @@ def test_more_alibi_heads_than_heads() -> None:
 
 
 def test_half_of_an_odd_number_of_heads() -> None:
-    with pytest.raises(ValueError, match="say how many with alibi_heads"):
+    with pytest.raises(ValueError, match="set the number with alibi_heads"):
         tiny_model(
             "llama", "asentmax", {"positions": "nape"}, hidden_size=36, num_attention_heads=3, num_key_value_heads=1
         )

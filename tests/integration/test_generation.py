@@ -1,4 +1,4 @@
-"""Token by token equals one full forward, with every cache and way of generating that runs on a CPU."""
+"""Generating token by token equals one full forward, for every cache and method that runs on a CPU."""
 
 from __future__ import annotations
 
@@ -13,26 +13,20 @@ from transformers import Cache, CompileConfig, DynamicCache, PreTrainedModel, St
 
 from hf_asentmax.integration import forward
 
-from tiny_models import FAMILIES, PRESETS, lossless_quantized_cache, perturb_scalings, random_ids, tiny_model
+from tiny_models import FAMILIES, PRESETS, generating_model, lossless_quantized_cache, random_ids, tiny_model
 
 NEW = 10
+NAPE = {"positions": "nape"}
 WINDOWED = ("mistral", "gemma2", "gemma3_text")
 UNWINDOWED = tuple(family for family in FAMILIES if family not in WINDOWED)
 IDS = random_ids(3, 12)
 MASK = torch.ones_like(IDS)
 MASK[0, :5] = 0
 MASK[1, :2] = 0
-# One row that repeats itself, padded to the left: what assisted decoding takes
+# One row that repeats itself, with left padding, because assisted decoding takes a batch of 1
 ROW = IDS[:1].repeat(1, 2)
 ROW_MASK = torch.ones_like(ROW)
 ROW_MASK[0, :3] = 0
-
-
-def build(family: str, flags: Any = None, preset: str = "asentmax", seed: int = 0) -> PreTrainedModel:
-    model = tiny_model(family, preset, flags, seed=seed)
-    perturb_scalings(model)
-    model.generation_config.eos_token_id = None
-    return model
 
 
 @torch.no_grad()
@@ -47,7 +41,7 @@ def greedy(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, positi
 
 
 def largest_error(model: PreTrainedModel, ids: torch.Tensor = IDS, mask: torch.Tensor = MASK, **settings: Any) -> float:
-    """How far the logits of each step of greedy decoding are from one full forward over what came out."""
+    """The largest difference between the logits of greedy decoding and of one full forward over its output."""
     out = model.generate(
         ids,
         attention_mask=mask,
@@ -66,7 +60,7 @@ def largest_error(model: PreTrainedModel, ids: torch.Tensor = IDS, mask: torch.T
 
 
 def softmax_error(family: str, settings: Callable[[PreTrainedModel], dict[str, Any]]) -> Exception | None:
-    """What keeps transformers from generating in this way with an attention of its own."""
+    """The error, if any, that transformers raises for this generation with its own softmax attention."""
     model = tiny_model(family)
     try:
         model.generate(ROW, attention_mask=ROW_MASK, max_new_tokens=NEW, do_sample=False, **settings(model))
@@ -92,7 +86,7 @@ CACHES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_greedy(family: str, cache: str) -> None:
-    model = build(family, {"positions": "nape"})
+    model = generating_model(family, NAPE)
     out = model.generate(IDS, attention_mask=MASK, max_new_tokens=NEW, do_sample=False, **CACHES[cache])
     assert torch.equal(out, greedy(model, IDS, MASK))
 
@@ -100,14 +94,14 @@ def test_greedy(family: str, cache: str) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
 def test_every_preset_with_the_models_own_positions(family: str, preset: str) -> None:
-    model = build(family, {"top_k": 4} if preset == "topk_softmax" else None, preset)
+    model = generating_model(family, {"top_k": 4} if preset == "topk_softmax" else None, preset)
     out = model.generate(IDS, attention_mask=MASK, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(out, greedy(model, IDS, MASK, positions=True))
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_logits_of_each_step_equal_the_full_forward(family: str, kind: str) -> None:
-    model = build(family, {"positions": "nape"})
+    model = generating_model(family, NAPE)
     ids = random_ids(2, 17)
     cache = StaticCache(config=model.config, max_cache_len=32) if kind == "static" else None
     with torch.no_grad():
@@ -122,7 +116,7 @@ def test_logits_of_each_step_equal_the_full_forward(family: str, kind: str) -> N
     assert torch.allclose(torch.cat(steps, 1), full, atol=5e-6)
 
 
-# Caches that a user makes and passes: transformers' own, and one without a config, which keeps all keys of a window
+# Caches that a user makes and passes. The one without a config keeps all keys of a sliding window.
 MADE: dict[str, Callable[[PreTrainedModel], Cache]] = {
     "dynamic": lambda model: DynamicCache(config=model.config),
     "without a config": lambda model: DynamicCache(),
@@ -136,7 +130,7 @@ FAMILY_AND_CACHE = [
 
 @pytest.mark.parametrize(("family", "kind"), FAMILY_AND_CACHE)
 def test_a_cache_that_goes_on_from_an_earlier_turn(family: str, kind: str) -> None:
-    model = build(family, {"positions": "nape"})
+    model = generating_model(family, NAPE)
     cache = MADE[kind](model)
     settings = {"max_new_tokens": 3, "do_sample": False, "past_key_values": cache, "disable_compile": True}
     first = model.generate(IDS, attention_mask=MASK, **settings)
@@ -147,8 +141,8 @@ def test_a_cache_that_goes_on_from_an_earlier_turn(family: str, kind: str) -> No
 
 @pytest.mark.parametrize(("family", "kind"), FAMILY_AND_CACHE)
 def test_the_scaling_counts_the_visible_keys(family: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompt, steps and chunks behind left padding: each query's count is that of its row and its layer's window."""
-    model = build(family, {"positions": "nape"})
+    """With left padding, the count of each query in prompts, steps and chunks follows its row and layer's window."""
+    model = generating_model(family, NAPE)
     counts: list[torch.Tensor] = []
     original = forward.visible_count
 
@@ -173,7 +167,7 @@ def test_the_scaling_counts_the_visible_keys(family: str, kind: str, monkeypatch
         assert torch.equal(actual[MASK.bool()], expected[MASK.bool()])
 
 
-# The error that rounding the keys and values to so many bits may make in these models' logits (largest about 0.4)
+# The tolerance for the logits of these models (up to about 0.4) when keys and values are rounded to so many bits
 QUANTIZERS: dict[str, tuple[str | None, dict[str, Any], float]] = {
     "fp8": (None, {"backend": "fp8"}, 0.02),
     "quanto": ("optimum.quanto", {"backend": "quanto", "nbits": 4, "q_group_size": 8, "residual_length": 4}, 0.02),
@@ -196,15 +190,15 @@ def test_quantized_caches(family: str, quantizer: str) -> None:
         return {"cache_implementation": "quantized", "cache_config": dict(cache_config)}  # `generate` may consume it
 
     skip_what_softmax_cannot_do(family, settings)
-    model = build(family, {"positions": "nape"})
-    assert 0.0 < largest_error(model, **settings(model)) < tolerance  # 0 would be another cache
+    model = generating_model(family, NAPE)
+    assert 0.0 < largest_error(model, **settings(model)) < tolerance  # 0 would mean that the cache was not quantized
     assert largest_error(model, prefill_chunk_size=5, **settings(model)) < tolerance
 
 
 @pytest.mark.parametrize("residual_length", [1, 4, 128])
 @pytest.mark.parametrize("family", UNWINDOWED)
 def test_quantized_caches_change_nothing_but_the_rounding(family: str, residual_length: int) -> None:
-    model = build(family, {"positions": "nape"})
+    model = generating_model(family, NAPE)
     assert largest_error(model, past_key_values=lossless_quantized_cache(model, residual_length)) < 5e-6
 
 
@@ -221,7 +215,7 @@ def test_beams(family: str, cache: str) -> None:
     """A beam's score is the log-probability that full forwards give its tokens."""
     if cache == "quantized" and family in WINDOWED:
         pytest.skip("transformers has no quantized cache for sliding windows")
-    model = build(family, {"positions": "nape"})
+    model = generating_model(family, NAPE)
     settings: dict[str, Any] = {
         "attention_mask": MASK,
         "max_new_tokens": 6,
@@ -242,10 +236,10 @@ def test_beams(family: str, cache: str) -> None:
 
 
 def test_sampling_is_seeded_and_batched_rows_do_not_mix() -> None:
-    model = build("llama", {"positions": "nape"})
+    model = generating_model("llama", NAPE)
     torch.manual_seed(3)
     first = model.generate(IDS, attention_mask=MASK, max_new_tokens=NEW, do_sample=True, top_k=1)
-    assert torch.equal(first, greedy(model, IDS, MASK))  # the only token left to sample
+    assert torch.equal(first, greedy(model, IDS, MASK))  # top_k=1 leaves one token to sample
     draws = []
     for _ in range(2):
         torch.manual_seed(4)
@@ -255,37 +249,37 @@ def test_sampling_is_seeded_and_batched_rows_do_not_mix() -> None:
 
 ASSISTED: dict[str, Callable[[str], dict[str, Any]]] = {
     "prompt lookup": lambda family: {"prompt_lookup_num_tokens": 3},
-    "an assistant that is often wrong": lambda family: {"assistant_model": build(family, seed=5)},
-    "an assistant that is always right": lambda family: {"assistant_model": build(family, {"positions": "nape"})},
+    "an assistant that is often wrong": lambda family: {"assistant_model": generating_model(family, seed=5)},
+    "an assistant that is always right": lambda family: {"assistant_model": generating_model(family, NAPE)},
     "a softmax assistant": lambda family: {"assistant_model": tiny_model(family, "eager", seed=3)},
     "the model's first layer": lambda family: {"assistant_early_exit": 1},
 }
 
 
-@pytest.mark.parametrize("way", ASSISTED)
-def test_assisted_decoding(family: str, way: str) -> None:
-    """Candidates are checked several at a time and taken back where they are wrong."""
-    if way == "the model's first layer":
-        pytest.importorskip("transformers", minversion="5.23")  # older ones fail to crop the layers that were left out
-    skip_what_softmax_cannot_do(family, lambda model: ASSISTED[way](family))
-    model = build(family, {"positions": "nape"})
-    assert largest_error(model, ROW, ROW_MASK, **ASSISTED[way](family)) < 5e-6
+@pytest.mark.parametrize("method", ASSISTED)
+def test_assisted_decoding(family: str, method: str) -> None:
+    """Several candidates are checked at a time, and the cache is cropped after wrong ones."""
+    if method == "the model's first layer":
+        pytest.importorskip("transformers", minversion="5.23")  # older versions fail to crop the skipped layers
+    skip_what_softmax_cannot_do(family, lambda model: ASSISTED[method](family))
+    model = generating_model(family, NAPE)
+    assert largest_error(model, ROW, ROW_MASK, **ASSISTED[method](family)) < 5e-6
 
 
 def test_weights_of_each_step() -> None:
-    model = build("llama", {"positions": "nape"})
+    model = generating_model("llama", NAPE)
     assert largest_error(model, output_attentions=True) < 5e-6
 
 
 def test_guidance() -> None:
-    """Two sequences in two caches side by side."""
-    model = build("llama", {"positions": "nape"})
+    """Classifier-free guidance keeps two caches."""
+    model = generating_model("llama", NAPE)
     settings = {"max_new_tokens": NEW, "do_sample": False, "guidance_scale": 1.5}
     expected = model.generate(IDS[2:], use_cache=False, **settings)
     assert torch.equal(model.generate(IDS[2:], **settings), expected)
 
 
-# What transformers refuses for any attention, or can't do without a GPU
+# Generation that transformers refuses for any attention, or cannot do without a GPU
 LIMITS: dict[str, tuple[str, Callable[[PreTrainedModel], dict[str, Any]]]] = {
     "offloaded": ("llama", lambda model: {"cache_implementation": "offloaded"}),
     "offloaded static": (
@@ -309,9 +303,9 @@ LIMITS: dict[str, tuple[str, Callable[[PreTrainedModel], dict[str, Any]]]] = {
 
 @pytest.mark.parametrize("limit", LIMITS)
 def test_what_transformers_cannot_do_fails_as_for_softmax(limit: str) -> None:
-    """The same error for both; should transformers learn to do it, the same results as a full forward."""
+    """The same error as for softmax, or correct results if transformers learns to do it."""
     family, settings = LIMITS[limit]
-    model = build(family, {"positions": "nape"})
+    model = generating_model(family, NAPE)
     error = softmax_error(family, settings)
     if error is None:
         assert largest_error(model, ROW, ROW_MASK, **settings(model)) < 5e-6
@@ -320,8 +314,9 @@ def test_what_transformers_cannot_do_fails_as_for_softmax(limit: str) -> None:
             largest_error(model, ROW, ROW_MASK, **settings(model))
 
 
+@pytest.mark.slow
 def test_generate_with_a_compiled_static_cache() -> None:
-    """`generate` compiles by itself on a GPU, and on a CPU where it is told to."""
+    """`generate` compiles by default on a GPU, and here on a CPU."""
     compiled: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
@@ -330,13 +325,15 @@ def test_generate_with_a_compiled_static_cache() -> None:
 
     config = CompileConfig(backend=backend, fullgraph=True, mode=None)
     config._compile_all_devices = True
-    model = build("gemma2", {"positions": "nape"})
+    model = generating_model("gemma2", NAPE)
     assert largest_error(model, cache_implementation="static", compile_config=config) < 5e-6
     assert compiled
 
 
+@pytest.mark.slow
 def test_static_cache_compiled() -> None:
-    model = build("llama", {"positions": "nape"})
+    """With Inductor, the default backend of torch.compile."""
+    model = generating_model("llama", NAPE, num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     cache = StaticCache(config=model.config, max_cache_len=24)
     with torch.no_grad():
@@ -353,7 +350,7 @@ def test_compiled_decoding_counts_visible_keys_once_for_all_layers() -> None:
         graphs.append(graph)
         return graph.forward
 
-    model = build("llama")
+    model = generating_model("llama")
     cache = StaticCache(config=model.config, max_cache_len=24)
     with torch.no_grad():
         model(IDS[:1, :8], past_key_values=cache, use_cache=True)
@@ -368,7 +365,7 @@ def test_compiled_decoding_counts_visible_keys_once_for_all_layers() -> None:
 
 
 def test_continuous_batching_is_refused() -> None:
-    model, prompts = build("llama"), [[3, 4, 5], [6, 7]]
+    model, prompts = generating_model("llama"), [[3, 4, 5], [6, 7]]
     settings = model.generation_config.to_dict()
     message = "expects one of transformers' own .* got LlamaForCausalLM with .*'asentmax'.* Use generate()"
     with pytest.raises(NotImplementedError, match=message):

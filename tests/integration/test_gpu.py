@@ -1,4 +1,4 @@
-"""The plugin on a CUDA GPU: the same results as on the CPU, and what only a GPU does (compiled static caches)."""
+"""The plugin on a CUDA GPU: the same results as on the CPU, and features that need a GPU."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from reference import assert_close, relative_error
-from tiny_models import perturb_scalings, random_ids, tiny_model
+from tiny_models import generating_model, perturb_scalings, random_ids, tiny_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,17 +18,11 @@ pytestmark = [
 IDS = random_ids(3, 24)
 MASK = torch.ones_like(IDS)
 MASK[0, :9] = 0
-
-
-def build(family: str = "llama") -> PreTrainedModel:
-    model = tiny_model(family, "asentmax", {"positions": "nape"})
-    perturb_scalings(model)
-    model.generation_config.eos_token_id = None
-    return model
+NAPE = {"positions": "nape"}
 
 
 def test_logits_and_gradients_equal_the_cpus(family: str) -> None:
-    model = build(family)
+    model = generating_model(family, NAPE)
 
     def run(device: str) -> tuple[torch.Tensor, list[torch.Tensor]]:
         model.to(device)
@@ -46,7 +39,7 @@ def test_logits_and_gradients_equal_the_cpus(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text", "gpt2"])
 def test_generation_with_a_compiled_static_cache(family: str) -> None:
-    model = build(family).cuda()
+    model = generating_model(family, NAPE).cuda()
     inputs = {"attention_mask": MASK.cuda(), "max_new_tokens": 12, "do_sample": False}
     dynamic = model.generate(IDS.cuda(), **inputs)
     assert torch.equal(model.generate(IDS.cuda(), cache_implementation="static", **inputs), dynamic)
@@ -65,12 +58,12 @@ def test_generation_with_a_compiled_static_cache(family: str) -> None:
     ],
 )
 def test_offloaded_caches(family: str, cache: str) -> None:
-    """transformers moves their layers in CUDA streams: without a GPU they run with no attention at all.
+    """transformers moves offloaded layers in CUDA streams, so these caches need a GPU with any attention.
 
-    Before 5.20 it reused the memory of layers that attention might still read: other tokens, where the GPU was late.
+    Before 5.20 transformers reused the memory of layers that the attention might still read.
     """
     pytest.importorskip("transformers", minversion="5.20")
-    model = build(family).cuda()
+    model = generating_model(family, NAPE).cuda()
     inputs = {"attention_mask": MASK.cuda(), "max_new_tokens": 12, "do_sample": False}
     plain = model.generate(IDS.cuda(), **inputs)
     out = model.generate(IDS.cuda(), cache_implementation=cache, disable_compile=True, **inputs)
@@ -87,7 +80,7 @@ def test_quantized_caches(backend: str) -> None:
         settings |= {"q_group_size": 8, "residual_length": 4}
     if backend == "hqq":
         settings |= {"nbits": 8, "axis_key": 1, "axis_value": 1}
-    model = build().cuda()
+    model = generating_model(flags=NAPE).cuda()
     out = model.generate(
         IDS.cuda(),
         attention_mask=MASK.cuda(),
@@ -106,7 +99,7 @@ def test_quantized_caches(backend: str) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_training_in_bf16_lowers_the_loss(compiled: bool) -> None:
-    model = build().cuda().train()
+    model = generating_model(flags=NAPE).cuda().train()
     step_model = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
@@ -127,7 +120,7 @@ def test_training_in_bf16_lowers_the_loss(compiled: bool) -> None:
 )
 @pytest.mark.parametrize("window", [False, True])
 def test_gradients_of_compiled_training(scaling: str, length: int, dtype: torch.dtype, window: bool) -> None:
-    """torch.compile pads the strides of what has 1,024 elements a sample and more; see kernels/row_products.py."""
+    """torch.compile pads the strides of large tensors; see backends/triton/row_products.py."""
     flags = {"positions": "nape", "scaling": scaling}
     sizes = {"hidden_size": 512, "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 32}
     model = tiny_model("llama", "asentmax", flags, max_position_embeddings=2048, **sizes).cuda().train()
@@ -135,7 +128,7 @@ def test_gradients_of_compiled_training(scaling: str, length: int, dtype: torch.
     ids = random_ids(16, length).cuda()
     attention_mask = torch.ones_like(ids, dtype=torch.bool)
     attention_mask[0, :7] = False
-    if window:  # of the first eight heads, in a mask of its own for each head
+    if window:  # on the first eight heads, in a mask per head
         back = torch.arange(length, device="cuda")[:, None] - torch.arange(length, device="cuda")
         seen = (back >= 0).expand(16, -1, -1).clone()
         seen[:8] &= back < 16
@@ -152,5 +145,5 @@ def test_gradients_of_compiled_training(scaling: str, length: int, dtype: torch.
     compiled = torch.compile(model, dynamic=False)
     for actual in (gradients(compiled, dtype), gradients(compiled, dtype)):
         for (name, _), one, other, right in zip(model.named_parameters(), actual, plain, exact, strict=True):
-            # bfloat16 rounds, in other places once compiled, and these scores are large: as near to float32 as without.
+            # A compiled model rounds to bfloat16 at other places, but it must be as close to float32 as uncompiled.
             assert_close(name, one, right, 1e-3 if dtype == torch.float32 else 0.02 + 2 * relative_error(other, right))

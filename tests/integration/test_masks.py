@@ -1,4 +1,4 @@
-"""A row gives the same output alone, left-padded, right-padded, packed, or through a 4D mask."""
+"""A row has the same output alone, left-padded, right-padded, packed and with a 4D mask."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from transformers import (
 )
 from transformers.masking_utils import sdpa_mask
 
-from hf_asentmax import entmax_attention
-from hf_asentmax.integration.masks import _first_keys, asentmax_mask
+from hf_asentmax.attention import attend
+from hf_asentmax.call import Call
+from hf_asentmax.integration.masks import asentmax_mask, first_keys
 
-from tiny_models import perturb_scalings, random_ids, tiny_model
+from tiny_models import perturbed_model, random_ids, tiny_model
 
 FLAGS = {"positions": "nape"}
 FIRST, SECOND = random_ids(1, 7, seed=1), random_ids(1, 13, seed=2)
@@ -27,8 +28,7 @@ FIRST, SECOND = random_ids(1, 7, seed=1), random_ids(1, 13, seed=2)
 
 @pytest.fixture
 def model(family: str) -> PreTrainedModel:
-    model = tiny_model(family, "asentmax", FLAGS)
-    perturb_scalings(model)
+    model = perturbed_model(family, "asentmax", FLAGS)
     return model
 
 
@@ -38,7 +38,7 @@ def logits(model: PreTrainedModel, ids: torch.Tensor, **kwargs: Any) -> torch.Te
 
 
 def padded(side: str) -> tuple[torch.Tensor, torch.Tensor, slice]:
-    """Both rows in a batch, its mask, and where the first row's tokens stand."""
+    """A batch of both rows, its mask, and the slice of the first row's tokens."""
     filler = torch.full((1, 6), 63)
     first = [filler, FIRST] if side == "left" else [FIRST, filler]
     ids = torch.cat([torch.cat(first, 1), SECOND])
@@ -65,7 +65,7 @@ def test_a_mask_of_ones_changes_nothing(model: PreTrainedModel) -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_packed_by_positions(model: PreTrainedModel, training: bool) -> None:
-    """Also with the default use_cache=True, where transformers itself would let documents see each other."""
+    """Also with the default use_cache=True, for which transformers would let documents see each other."""
     ids = torch.cat([FIRST, SECOND], 1)
     positions = torch.cat([torch.arange(7), torch.arange(13)])[None]
     out = logits(model.train(training), ids, position_ids=positions)
@@ -98,7 +98,7 @@ def test_packed_sequences_and_a_cache_or_a_mask_do_not_go_together() -> None:
     model = tiny_model("llama", "asentmax", FLAGS)
     ids = torch.cat([FIRST, SECOND], 1)
     positions = torch.cat([torch.arange(7), torch.arange(13)])[None]
-    with pytest.raises(ValueError, match="can't be cached"):
+    with pytest.raises(ValueError, match="cannot be cached"):
         model(ids, position_ids=positions, use_cache=True)
     with pytest.raises(ValueError, match="without padding or cache"):
         model(ids, cu_seq_lens_q=torch.tensor([0, 7, 20]), attention_mask=torch.ones_like(ids))
@@ -124,24 +124,23 @@ def test_a_family_that_can_not_pack_says_so() -> None:
 def test_windows_and_packed_sequences_make_no_square_mask(
     family: str, packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first key of each query says all there is, where nothing is padded, cached or compiled."""
-    model = tiny_model(family, "asentmax", {})
-    perturb_scalings(model)
+    """Without padding, cache and torch.compile, first keys describe the mask completely."""
+    model = perturbed_model(family, "asentmax", {})
     ids = torch.cat([FIRST, SECOND], 1).repeat(2, 1)
     positions = torch.cat([torch.arange(7), torch.arange(13)]) if packed else torch.arange(20)
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr("hf_asentmax.integration.masks._first_keys", lambda *_: None)  # the square mask
+        patch.setattr("hf_asentmax.integration.masks.first_keys", lambda *_: None)  # the square mask
         expected = model(ids, position_ids=positions[None].repeat(2, 1), use_cache=False).logits
     starts: list[torch.Tensor | None] = []
 
-    def seen(*args: Any, key_start: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
-        starts.append(key_start)
-        return entmax_attention(*args, key_start=key_start, **options)
+    def seen(call: Call) -> Any:
+        starts.append(call.masks.key_start)
+        return attend(call)
 
     def none_alone(**kwargs: Any) -> None:
         assert sdpa_mask(**kwargs) is None, "a square mask"
 
-    monkeypatch.setattr("hf_asentmax.integration.forward.entmax_attention", seen)
+    monkeypatch.setattr("hf_asentmax.integration.forward.attend", seen)
     monkeypatch.setattr("hf_asentmax.integration.masks.sdpa_mask", none_alone)
     with torch.no_grad():
         out = model(ids, position_ids=positions[None].repeat(2, 1), use_cache=False).logits
@@ -155,7 +154,7 @@ def test_windows_and_packed_sequences_make_no_square_mask(
 def test_the_mask_of_a_static_cache_s_step_is_transformers_own(
     padding: str | None, offset: int | torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Made in fewer launches, and equal."""
+    """The mask is equal and takes fewer launches."""
     length = {"left": 8, "longer": 11, "shorter": 5}.get(padding or "")
     mask = None if length is None else torch.arange(length)[None] >= torch.tensor([[0], [3]])
     arguments: dict[str, Any] = {
@@ -173,12 +172,12 @@ def test_the_mask_of_a_static_cache_s_step_is_transformers_own(
 
 
 def test_masks_of_other_kinds_stay_square() -> None:
-    """Only causality, windows and packed sequences are told by first keys."""
+    """First keys describe only causality, windows and packed sequences."""
     window = masking_utils.sliding_window_causal_mask_function(3)
-    assert _first_keys(window, 6, "cpu").tolist() == [[0, 0, 0, 1, 2, 3]]  # type: ignore[union-attr]
+    assert first_keys(window, 6, "cpu").tolist() == [[0, 0, 0, 1, 2, 3]]  # type: ignore[union-attr]
     packed = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0]]))
     both = masking_utils.and_masks(packed, window)
-    assert _first_keys(both, 6, "cpu").tolist() == [[0, 0, 2, 2, 2, 5], [0, 0, 0, 1, 2, 3]]  # type: ignore[union-attr]
+    assert first_keys(both, 6, "cpu").tolist() == [[0, 0, 2, 2, 2, 5], [0, 0, 0, 1, 2, 3]]  # type: ignore[union-attr]
     unordered = masking_utils.packed_sequence_mask_function(torch.tensor([[0, 1, 0, 1]]))
     remap = getattr(masking_utils, "remap_positions_for_packed_sequence", None)  # from transformers 5.2x on
     remapped = [] if remap is None else [remap(window, torch.tensor([[0, 1, 0, 1]]))]
@@ -189,19 +188,18 @@ def test_masks_of_other_kinds_stay_square() -> None:
         masking_utils.and_masks(unordered, masking_utils.causal_mask_function),
         lambda batch, head, query, key: key <= query,
         partial(window),
-        *remapped,  # sequences not told apart
+        *remapped,  # the sequences are not separated
         masking_utils.and_masks(
             masking_utils.packed_sequence_mask_function(torch.zeros(1, 9)), window
         ),  # another length
         masking_utils.sliding_window_causal_mask_function(None),
     ):
-        assert _first_keys(other, 4, "cpu") is None
+        assert first_keys(other, 4, "cpu") is None
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])
 def test_4d_masks(kind: str) -> None:
-    model = tiny_model("llama", "asentmax", FLAGS)
-    perturb_scalings(model)
+    model = perturbed_model("llama", "asentmax", FLAGS)
     ids, mask, place = padded("left")
     visible = torch.ones(13, 13).tril().bool()[None, None] & mask.bool()[:, None, None]
     if kind == "float":
@@ -217,7 +215,7 @@ def test_a_4d_mask_with_a_bias_is_refused() -> None:
 
 
 def test_a_compiled_model_refuses_a_4d_mask_with_a_bias_too() -> None:
-    model = tiny_model("llama", "asentmax")
+    model = tiny_model("llama", "asentmax", num_hidden_layers=1)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     hidden = torch.finfo(torch.float32).min
     mask = torch.where(torch.ones(7, 7).tril().bool(), 0.0, hidden)[None, None]
@@ -229,9 +227,8 @@ def test_a_compiled_model_refuses_a_4d_mask_with_a_bias_too() -> None:
 
 
 def test_the_length_scaling_counts_visible_keys_and_not_positions() -> None:
-    """With gamma at work the output depends on n; a padded row must not count its padding."""
-    model = tiny_model("llama", "asentmax", {"positions": "nope"}, num_hidden_layers=1)
-    perturb_scalings(model)
+    """The output depends on the number of visible keys, and a padded row must not count its padding."""
+    model = perturbed_model("llama", "asentmax", {"positions": "nope"}, num_hidden_layers=1)
     ids, mask, place = padded("left")
     expected = logits(model, FIRST)
     assert torch.allclose(logits(model, ids, attention_mask=mask)[:1, place], expected, atol=2e-6)
@@ -243,8 +240,7 @@ def test_the_length_scaling_counts_visible_keys_and_not_positions() -> None:
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_does_not_leak_into_gradients(side: str) -> None:
-    model = tiny_model("llama", "asentmax", FLAGS)
-    perturb_scalings(model)
+    model = perturbed_model("llama", "asentmax", FLAGS)
     ids, mask, place = padded(side)
 
     def gradients(out: torch.Tensor) -> list[torch.Tensor]:
@@ -257,19 +253,20 @@ def test_padding_does_not_leak_into_gradients(side: str) -> None:
         assert torch.allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
-@pytest.mark.parametrize("call", ["ids", "positional", "embeds"])
+@pytest.mark.parametrize(
+    ("family", "call"),
+    [("llama", "ids"), ("gpt2", "positional"), pytest.param("gpt_neox", "embeds", marks=pytest.mark.slow)],
+)
 def test_a_compiled_model_without_positions_makes_no_square_mask(
     family: str, call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced, transformers can't see that nothing is packed, and would compare all pairs of tokens."""
+    """While traced, transformers cannot see that nothing is packed, and would make a mask over all pairs of tokens."""
 
     def refused(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a square mask")
 
     torch._dynamo.reset()
-    model = tiny_model(family, "asentmax", FLAGS)
-    perturb_scalings(model)
+    model = perturbed_model(family, "asentmax", FLAGS, num_hidden_layers=1)
     embeds = model.get_input_embeddings()(FIRST).detach()
     args, kwargs = {
         "ids": ((), {"input_ids": FIRST}),

@@ -1,4 +1,4 @@
-"""Training through Trainer, torch.compile and PEFT, with the parameters of the length scaling taking part."""
+"""Training through Trainer and torch.compile, with the parameters of the length scaling taking part."""
 
 from __future__ import annotations
 
@@ -7,30 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_asentmax import parameter_groups, set_alpha
 from hf_asentmax.scaling import LengthScaling
 
-from tiny_models import perturb_scalings, random_ids, tiny_model
+from tiny_models import perturbed_model, tiny_model
+from training_runs import IDS, NAPE, loss_of, make_trainer
 
-IDS = random_ids(2, 12)
-NAPE = {"positions": "nape"}
 LEFT_PADDING = torch.tensor([[0] * 3 + [1] * 9, [1] * 12])
 
 
 def scaling_names(model: torch.nn.Module) -> set[str]:
     return {name for name, _ in model.named_parameters() if ".length_scaling." in name}
-
-
-def loss_of(model: Any, **kwargs: Any) -> torch.Tensor:
-    logits = model(input_ids=IDS, use_cache=False, **kwargs).logits
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -46,16 +35,14 @@ def assert_same_gradients(
 
 
 def training_model(family: str = "llama", flags: Any = None, name: str = "asentmax", **kwargs: Any) -> PreTrainedModel:
-    model = tiny_model(family, name, flags, **kwargs).train()
-    perturb_scalings(model)
-    return model
+    return perturbed_model(family, name, flags, **kwargs).train()
 
 
 # --- gradients
 
 
 def test_gradients_reach_everything_from_the_first_step(family: str):
-    """beta and gamma start at zero projections, and still move at once; without learned positions under NAPE."""
+    """The projections of beta and gamma start at zero and still receive gradients."""
     model = tiny_model(family, "asentmax", NAPE).train()
     loss_of(model).backward()
     for name, parameter in model.named_parameters():
@@ -69,7 +56,7 @@ def test_gradients_reach_everything_from_the_first_step(family: str):
 
 @pytest.mark.parametrize("scaling", ["ssmax", "learned", "asentmax"])
 def test_gradients_of_a_scaling_match_finite_differences(scaling: str):
-    """In float64, through a whole model whose norms don't round to float32 as RMSNorm does."""
+    """In float64, through a whole GPT-2, whose norms do not round to float32 as RMSNorm does."""
     model = training_model("gpt2", flags={"scaling": scaling}, dtype=torch.float64)
     loss_of(model).backward()
     for name in sorted(scaling_names(model)):
@@ -148,18 +135,18 @@ def test_moving_a_model_moves_its_scalings(dtype: torch.dtype):
     ("family", "flags", "checkpointing", "mask"),
     [
         ("llama", NAPE, False, None),
-        ("llama", None, True, None),
-        ("gpt2", NAPE, True, None),
-        ("gemma2", None, False, LEFT_PADDING),
+        pytest.param("llama", None, True, None, marks=pytest.mark.slow),
+        pytest.param("gpt2", NAPE, True, None, marks=pytest.mark.slow),
+        pytest.param("gemma2", None, False, LEFT_PADDING, marks=pytest.mark.slow),
     ],
     ids=["llama NAPE", "llama checkpointing", "gpt2 NAPE checkpointing", "gemma2 padding"],
 )
 def test_compiled_whole_model_equals_the_uncompiled(
     family: str, flags: Any, checkpointing: bool, mask: torch.Tensor | None
 ):
-    """Without a graph break (fullgraph), forward and backward."""
+    """Forward and backward without a graph break (fullgraph). Gemma 2 has two kinds of layers."""
     torch._dynamo.reset()
-    model = training_model(family, flags)
+    model = training_model(family, flags, num_hidden_layers=2 if family == "gemma2" else 1)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     extra = {} if mask is None else {"attention_mask": mask}
@@ -174,10 +161,10 @@ def test_compiled_whole_model_equals_the_uncompiled(
     assert_same_gradients(gradients(model), expected)
 
 
-@pytest.mark.parametrize("name", ["ssmax", "topk_softmax"])
+@pytest.mark.parametrize("name", [pytest.param("ssmax", marks=pytest.mark.slow), "topk_softmax"])
 def test_compiled_presets_on_softmax(name: str):
     torch._dynamo.reset()
-    model = training_model(name=name, flags={"top_k": 3} if name == "topk_softmax" else None)
+    model = training_model(name=name, flags={"top_k": 3} if name == "topk_softmax" else None, num_hidden_layers=1)
     loss_of(model).backward()
     expected = gradients(model)
     model.zero_grad()
@@ -245,45 +232,9 @@ def test_an_alpha_that_does_not_fit_is_refused(implementation: str, alpha: float
 # --- Trainer
 
 
-class Rows(torch.utils.data.Dataset):
-    """Rows of one period of a fixed cycle of tokens: quick to learn, the same in every process."""
-
-    def __len__(self) -> int:
-        return 64
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        ids = (torch.arange(12) + index) % 8 + 3
-        return {"input_ids": ids, "labels": ids}
-
-
-class Losses(TrainerCallback):
-    def __init__(self) -> None:
-        self.losses: dict[int, float] = {}
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if "loss" in logs:
-            self.losses[state.global_step] = logs["loss"]
-
-
-def make_trainer(model: Any, path: Path, **overrides: Any) -> tuple[Trainer, dict[int, float]]:
-    settings: dict[str, Any] = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 6,
-        "learning_rate": 5e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "seed": 3,
-        "weight_decay": 0.1,
-    }
-    losses = Losses()
-    arguments = TrainingArguments(output_dir=str(path), **{**settings, **overrides})
-    return Trainer(model=model, args=arguments, train_dataset=Rows(), callbacks=[losses]), losses.losses
-
-
-@pytest.mark.parametrize(("family", "bf16"), [("llama", True), ("gpt2", True), ("llama", False)])
+@pytest.mark.parametrize(
+    ("family", "bf16"), [("llama", True), pytest.param("gpt2", True, marks=pytest.mark.slow), ("llama", False)]
+)
 def test_trainer_end_to_end(family: str, bf16: bool, tmp_path: Path):
     """Gradient checkpointing and accumulation, bf16 autocast, save, reload."""
     model = tiny_model(family, "asentmax", NAPE).train()
@@ -303,7 +254,7 @@ def test_trainer_end_to_end(family: str, bf16: bool, tmp_path: Path):
     assert reloaded.config._attn_implementation == "asentmax"
     for name, parameter in model.named_parameters():
         assert torch.equal(reloaded.get_parameter(name), parameter), name
-    if not bf16:  # after bf16 training transformers' model keeps its autocast
+    if not bf16:  # after bf16 training the model keeps its autocast
         with torch.no_grad():
             assert torch.equal(reloaded(IDS).logits, model.eval()(IDS).logits)
 
@@ -326,7 +277,7 @@ def test_accumulated_steps_equal_one_large_step(tmp_path: Path):
         torch.testing.assert_close(parameters[1][name], parameter, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_resume_gives_the_same_losses(family: str, tmp_path: Path):
     model = tiny_model(family, "asentmax", NAPE).train()
     trainer, losses = make_trainer(model, tmp_path, save_strategy="steps", save_steps=3)
@@ -338,7 +289,7 @@ def test_resume_gives_the_same_losses(family: str, tmp_path: Path):
     assert resumed_losses == {step: losses[step] for step in (4, 5, 6)}
     for name, parameter in model.named_parameters():
         assert torch.equal(other.get_parameter(name), parameter), name
-    # and the checkpoint is a model by itself
+    # the checkpoint of a step is a complete model
     middle = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-3")
     assert middle.config._attn_implementation == "asentmax" and middle.config.asentmax["positions"] == "nape"
 
@@ -357,112 +308,3 @@ def test_trainers_own_optimizer_does_not_decay_the_scalings(name: str, tmp_path:
     softmax_trainer, _ = make_trainer(tiny_model("llama"), tmp_path)
     kept = set(softmax_trainer.get_decay_parameter_names(softmax_trainer.model))
     assert kept == {parameter_name for parameter_name, value in decay.items() if value > 0}
-
-
-# --- PEFT
-
-
-def lora(**overrides: Any) -> LoraConfig:
-    return LoraConfig(**{"r": 2, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], **overrides})
-
-
-def train_adapter(model: Any, steps: int = 3) -> None:
-    """A few steps on everything that requires gradients."""
-    optimizer = torch.optim.AdamW(parameter_groups(model.train()), lr=1e-2)
-    for _ in range(steps):
-        loss_of(model).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Path:
-    model = tiny_model("llama", "asentmax", NAPE)
-    perturb_scalings(model)
-    model.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.mark.parametrize("modules_to_save", [None, ["length_scaling"]])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_lora_trains_only_its_adapter_and_reloads(
-    modules_to_save: list[str] | None, checkpointing: bool, base: Path, tmp_path: Path
-):
-    model = AutoModelForCausalLM.from_pretrained(base)
-    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    adapted = get_peft_model(model, lora(modules_to_save=modules_to_save, task_type="CAUSAL_LM"))
-    trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    in_scalings = {name for name in trainable if ".length_scaling." in name}
-    assert all("lora_" in name for name in trainable - in_scalings)
-    assert len(in_scalings) == (8 if modules_to_save else 0)
-    if checkpointing:
-        adapted.gradient_checkpointing_enable({"use_reentrant": True})
-        adapted.enable_input_require_grads()
-    start = {name: parameter.clone() for name, parameter in adapted.named_parameters() if name in trainable}
-    train_adapter(adapted)
-    for name, parameter in adapted.named_parameters():
-        if name in trainable:
-            assert not torch.equal(parameter, start[name]), f"{name} did not train"
-        else:
-            original = name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".original_module", "")
-            assert torch.equal(parameter, before[original]), f"{name} was trained"
-    adapted.save_pretrained(tmp_path / "adapter")
-    with torch.no_grad():
-        expected = adapted(input_ids=IDS).logits
-        assert not torch.equal(expected, AutoModelForCausalLM.from_pretrained(base)(IDS).logits)
-        onto = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter").eval()
-        torch.testing.assert_close(onto(input_ids=IDS).logits, expected, rtol=0, atol=0)
-        alone = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-        torch.testing.assert_close(alone(input_ids=IDS).logits, expected, rtol=0, atol=0)
-        if modules_to_save and Version(transformers.__version__) < Version("5.23"):
-            return  # transformers 5.17 loses modules_to_save of any model, softmax too, on this way
-        through_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-        torch.testing.assert_close(through_transformers(input_ids=IDS).logits, expected, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("modules_to_save", [None, ["length_scaling"]])
-def test_a_merged_adapter_saves_as_a_plain_checkpoint(modules_to_save: list[str] | None, base: Path, tmp_path: Path):
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora(modules_to_save=modules_to_save))
-    train_adapter(adapted)
-    with torch.no_grad():
-        expected = adapted(input_ids=IDS).logits
-        merged = adapted.merge_and_unload()
-        merged.save_pretrained(tmp_path / "merged")
-        reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-        assert reloaded.state_dict().keys() == AutoModelForCausalLM.from_pretrained(base).state_dict().keys()
-        torch.testing.assert_close(reloaded(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_lora_on_all_linear_layers_leaves_the_scalings_alone(base: Path):
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora(target_modules="all-linear"))
-    assert not any("length_scaling" in name for name, p in adapted.named_parameters() if p.requires_grad)
-    assert torch.isfinite(adapted(input_ids=IDS).logits).all()
-
-
-def test_lora_on_a_softmax_checkpoint_with_the_scalings_trained(tmp_path: Path):
-    """The usual conversion: a softmax model, its weights frozen, an adapter and the new parameters trained."""
-    tiny_model("llama").save_pretrained(tmp_path / "softmax")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "softmax", attn_implementation="asentmax")
-    adapted = get_peft_model(model, lora(modules_to_save=["length_scaling"]))
-    train_adapter(adapted)
-    adapted.save_pretrained(tmp_path / "adapter")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "softmax", attn_implementation="asentmax")
-    onto = PeftModel.from_pretrained(again, tmp_path / "adapter").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(onto(input_ids=IDS).logits, adapted(input_ids=IDS).logits, rtol=0, atol=0)
-
-
-def test_trainer_with_a_lora_adapter(base: Path, tmp_path: Path):
-    adapted = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base), lora(modules_to_save=["length_scaling"], task_type="CAUSAL_LM")
-    )
-    trainer, losses = make_trainer(adapted, tmp_path, gradient_checkpointing=True, max_steps=8)
-    trainer.train()
-    assert losses[8] < losses[1]
-    decayed = set(trainer.get_decay_parameter_names(adapted))
-    assert not any("length_scaling" in name for name in decayed)
-    trainer.save_model(str(tmp_path / "adapter"))
-    onto = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(onto(input_ids=IDS).logits, adapted.eval()(input_ids=IDS).logits, rtol=0, atol=0)
