@@ -17,6 +17,7 @@ from hf_asentmax.backends.triton.decode import launch as decode_launch
 from hf_asentmax.backends.triton.decode import operator as decode_op
 from hf_asentmax.backends.triton.decode.launch import DecodeTiles
 
+from calls import call_of
 from kernel_cases import TOLERANCES, Case, options, tensors
 from reference import assert_close
 
@@ -89,7 +90,7 @@ def _gpu_cases() -> list[Case]:
 def check(case: Case, device: str) -> None:
     query, key, value, _ = tensors(case, device)
     settings = options(case, device)
-    assert decode_op.decodes(query, key, value, None)
+    assert decode_op.decodes(call_of(query, key, value))
     actual = entmax_attention(query, key, value, backend="triton", **settings)
     expected = entmax_attention(query.double(), key.double(), value.double(), backend="eager", **settings)
     tolerance = max(TOLERANCES[case.dtype], 5e-4 if case.kind == "huge" else 0.0)
@@ -295,13 +296,15 @@ def test_each_step_equals_the_full_forward(device: str) -> None:
 
 def test_calls_with_gradients_and_others_take_the_other_way(device: str) -> None:
     query, key, value, _ = tensors(Case("route", q_len=2, kv_len=300, head_dim=16), device)
-    assert decode_op.decodes(query, key, value, None)
-    assert not decode_op.decodes(query, key[:, :, : decode_op.DECODE_FROM], value[:, :, : decode_op.DECODE_FROM], None)
-    assert not decode_op.decodes(query.expand(-1, -1, -1, -1).repeat(1, 1, 20, 1), key, value, None)
+    assert decode_op.decodes(call_of(query, key, value))
+    assert not decode_op.decodes(
+        call_of(query, key[:, :, : decode_op.DECODE_FROM], value[:, :, : decode_op.DECODE_FROM])
+    )
+    assert not decode_op.decodes(call_of(query.repeat(1, 1, 20, 1), key, value))
     query.requires_grad_()
-    assert not decode_op.decodes(query, key, value, None)
+    assert not decode_op.decodes(call_of(query, key, value))
     with torch.no_grad():
-        assert decode_op.decodes(query, key, value, None)
+        assert decode_op.decodes(call_of(query, key, value))
 
 
 def test_the_operator_passes_opcheck(device: str) -> None:

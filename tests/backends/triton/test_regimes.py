@@ -54,7 +54,7 @@ def check_mixed(case: Case, device: str) -> torch.Tensor:
 def test_both_regimes_in_one_call(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_asentmax.backends.triton import planning
 
-    monkeypatch.setattr(planning, "SPARSE_FROM", 128)
+    monkeypatch.setattr(planning, "LISTS_FROM", 128)
     flags = check_mixed(Case("mixed", q_len=256, kv_len=290, heads=1, head_dim=16), device)
     assert flags.any() and not flags.all()
 
@@ -64,17 +64,17 @@ def test_the_backward_pass_follows_the_forward_pass(device: str, monkeypatch: py
     from hf_asentmax.backends.triton import planning
     from hf_asentmax.backends.triton.common import launching
 
-    monkeypatch.setattr(planning, "SPARSE_FROM", 128)
+    monkeypatch.setattr(planning, "LISTS_FROM", 128)
     *inputs, grad = mixed(Case("mixed", q_len=256, kv_len=290, heads=1, head_dim=16), device)
     leaves = [tensor.requires_grad_() for tensor in inputs]
     on = entmax_attention(*leaves, backend="triton")
     expected = torch.autograd.grad(on, leaves, grad, retain_graph=True)
-    monkeypatch.setattr(planning, "SPARSE_FROM", 1024)
+    monkeypatch.setattr(planning, "LISTS_FROM", 1024)
     for name, mine, wanted in zip(("dq", "dk", "dv"), torch.autograd.grad(on, leaves, grad), expected, strict=True):
         assert_close(name, mine, wanted, 1e-6)
     launching.forget()
     off = entmax_attention(*leaves, backend="triton")
-    monkeypatch.setattr(planning, "SPARSE_FROM", 128)
+    monkeypatch.setattr(planning, "LISTS_FROM", 128)
     for name, mine, wanted in zip(("dq", "dk", "dv"), torch.autograd.grad(off, leaves, grad), expected, strict=True):
         assert_close(name, mine, wanted, 1e-5)
 
@@ -96,7 +96,7 @@ def test_the_backward_pass_follows_the_forward_pass(device: str, monkeypatch: py
 def test_both_regimes_on_gpu(case: Case, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_asentmax.backends.triton import planning
 
-    monkeypatch.setattr(planning, "SPARSE_FROM", 2048)
+    monkeypatch.setattr(planning, "LISTS_FROM", 2048)
     torch.use_deterministic_algorithms(deterministic)
     try:
         flags = check_mixed(case, "cuda")

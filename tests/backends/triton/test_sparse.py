@@ -23,6 +23,7 @@ from hf_asentmax.backends.triton.lists.launch import (
     sparse_tiles,
     sparse_unsupported_reason,
 )
+from hf_asentmax.masks import Masks
 
 from reference import assert_close
 
@@ -81,9 +82,8 @@ class Call:
         self.mask = None if self.mask is None else self.mask.to(device)
         self.cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
         assert not options
-        ranges = row_ranges(
-            q_len, kv_len, attention_mask=self.mask, cu_seqlens=self.cu_seqlens, key_start=self.key_start
-        )
+        masks = Masks(attention_mask=self.mask, cu_seqlens=self.cu_seqlens, key_start=self.key_start)
+        ranges = row_ranges(q_len, kv_len, masks)
         is_causal = self.options["is_causal"]
         self.problem = Problem(
             self.query, self.key, self.value, alpha, 1 / math.sqrt(head_dim), is_causal, self.window, None,

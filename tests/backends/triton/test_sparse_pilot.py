@@ -16,6 +16,7 @@ from hf_asentmax.backends.triton.common.row_ranges import row_ranges
 from hf_asentmax.backends.triton.lists.launch import ROW_BLOCK, SparseLists, sparse_forward, sparse_tiles
 from hf_asentmax.backends.triton.lists.pilot import SAMPLED_KEYS, SAMPLED_ROWS, pilot_kernel
 from hf_asentmax.backends.triton.lists.scores import LISTERS, _append, _half_bound
+from hf_asentmax.masks import Masks
 
 
 def problem_of(
@@ -28,7 +29,8 @@ def problem_of(
     attention_mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> Problem:
-    ranges = row_ranges(query.shape[2], key.shape[2], attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+    masks = Masks(attention_mask=attention_mask, cu_seqlens=cu_seqlens)
+    ranges = row_ranges(query.shape[2], key.shape[2], masks)
     scale = 1 / math.sqrt(query.shape[3])
     return Problem(query, key, key, alpha, scale, is_causal, None, None, slopes, ranges)
 

@@ -147,7 +147,7 @@ def decode(
             0 if key_norm_bound is None or key_norm_bound.shape[0] == 1 else kv_heads,
             masks,
             problem.scoring,
-            **problem.lengths,
+            **problem.lengths._asdict(),
             splits=splits,
             BM=sizes.rows,
             BN=sizes.keys,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..common.blocks import ROW_BLOCK
 from ..common.launching import on_device
 from ..common.problem import Problem, rows_of
 from .backward import column_gradient_kernel, fixed_to_float_kernel, list_backward_kernel
@@ -32,8 +33,6 @@ __all__ = [
     "sparse_unsupported_reason",
 ]
 
-# Query rows that fall to the dense regime together.
-ROW_BLOCK = 128
 # Bytes for the block maxima and candidate words of the row tiles that are worked on at a time.
 _WORKSPACE_BYTES = 312 << 20
 # Room in the lists, in keys a row on average: trained models have supports of 1 to 50.
@@ -212,7 +211,7 @@ def sparse_forward(
 
     q, k, v, out = (rows_of(tensor) for tensor in (query, problem.key, problem.value, output))
     mean = None if mean_value is None else rows_of(mean_value)
-    masks, scoring, lengths, constants = problem.masks, problem.scoring, problem.lengths, problem.constants
+    masks, scoring, lengths, constants = problem.masks, problem.scoring, problem.lengths._asdict(), problem.constants
     dims = {name: constants[name] for name in ("D", "HEAD_DIM")}
     value_dims = {name: constants[name] for name in ("DV", "VALUE_DIM")}
     with on_device(query.device):
@@ -313,7 +312,7 @@ def sparse_backward(
             list_backward_kernel, problem.groups * -(-query.shape[2] // tiles.grad_rows),
             q, rows_of(problem.key), rows_of(problem.value), do, rows_of(mean_value), rows_of(query_grad),
             keys, values, units, cursors, records, tau, lists.listed, lists.offsets, lists.counts, lists.overflow,
-            problem.scoring, problem.scale, **problem.lengths, capacity=capacity,
+            problem.scoring, problem.scale, **problem.lengths._asdict(), capacity=capacity,
             CHUNK=tiles.grad_chunk, ROW_BLOCK=ROW_BLOCK, R=tiles.grad_rows, PACKED=packed,
             **dims, num_warps=tiles.grad_warps, maxnreg=tiles.grad_registers,
         )  # fmt: skip
@@ -321,7 +320,7 @@ def sparse_backward(
             problem.launch(
                 column_gradient_kernel, kv_groups * -(-kv_len // tiles.column_keys),
                 q, do, rows_of(key_grad), rows_of(value_grad), cursors, lists.column_counts, records, problem.scale,
-                **problem.lengths, capacity=capacity,
+                **problem.lengths._asdict(), capacity=capacity,
                 CHUNK=tiles.column_chunk, KEYS=tiles.column_keys, GROUPED=members > 1, **dims, num_warps=1,
             )  # fmt: skip
             return
