@@ -241,7 +241,7 @@ def store_rows(rows, batch, head, first, values, length, D: tl.constexpr, HEAD_D
 
 @triton.jit
 def products_to_scores(product, scoring, slope, row_position, key_position):
-    """u = (alpha - 1) (softcap(scale q k) - slope |i - j|) from q k; positions are float32, counted from the same key."""
+    """u = (alpha - 1) (softcap(scale q k) - slope |i - j|) of q k; positions are float32, counted from the same key."""
     if scoring.softcap is not None:
         # tanh(x) = 2 sigmoid(2x) - 1
         capped = 2.0 / (1.0 + tl.exp(-2.0 * (product * scoring.scale / scoring.softcap))) - 1.0

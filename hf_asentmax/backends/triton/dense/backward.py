@@ -132,8 +132,11 @@ def query_gradient_kernel(
             return
     batch = group // lengths.heads
     head = group % lengths.heads
+    kv_head = head // (lengths.heads // lengths.kv_heads)
     first_row = row_block * BM
     rows = first_row + tl.arange(0, BM)
+    base = first_row + lengths.kv_len - q_len
+    position = tl.arange(0, BM).to(tl.float32)
     live = block_map + map_row * key_blocks
     blocks = block_lists + (group.to(tl.int64) * row_blocks + row_block) * key_blocks
     masked = _list_blocks(blocks, live, 1, key_blocks, BLOCK_MASKED)
@@ -147,10 +150,7 @@ def query_gradient_kernel(
     mean = load_rows(mean_value, batch, head, first_row, BM, q_len, True, dims.DV, dims.VALUE_DIM)
     rho = tl.sum(do.to(tl.float32) * mean.to(tl.float32), 1)
     tl.store(rho_out + group.to(tl.int64) * q_len + rows, rho, mask=rows < q_len)
-    tile = QueryTile(
-        batch, head, head // (lengths.heads // lengths.kv_heads), rows, start, stop,
-        tl.arange(0, BM).to(tl.float32), first_row + lengths.kv_len - q_len, head_slope(scoring, head),
-    )  # fmt: skip
+    tile = QueryTile(batch, head, kv_head, rows, start, stop, position, base, head_slope(scoring, head))
     acc = tl.zeros([BM, dims.D], tl.float32)
     acc = _query_gradient_pass(
         acc, blocks, 0, masked, q, do, tau, rho, key, value, tile, masks, scoring, lengths,
@@ -241,14 +241,13 @@ def key_gradient_kernel(
     programs = tl.cdiv(kv_len, BN)
     key_blocks = tl.cdiv(kv_len, sizes.KB)
     row_blocks = tl.cdiv(lengths.q_len, sizes.MAP_ROWS)
-    members = lengths.heads // lengths.kv_heads
     pid = tl.program_id(0)
     kv_group = pid // programs
     batch = kv_group // lengths.kv_heads
     kv_head = kv_group % lengths.kv_heads
     first_key = (pid % programs) * BN
     if active is not None:
-        flags = members * tl.cdiv(lengths.q_len, sizes.ROWS)
+        flags = lengths.heads // lengths.kv_heads * tl.cdiv(lengths.q_len, sizes.ROWS)
         if not _any_active(active + kv_group.to(tl.int64) * flags, flags):
             return
     keys = first_key + tl.arange(0, BN)
@@ -257,8 +256,8 @@ def key_gradient_kernel(
     v = load_rows(value, batch, kv_head, first_key, BN, kv_len, True, dims.DV, dims.VALUE_DIM)
     acc_k = tl.zeros([BN, dims.D], tl.float32)
     acc_v = tl.zeros([BN, dims.DV], tl.float32)
-    for member in range(0, members):
-        head = kv_head * members + member
+    for member in range(0, lengths.heads // lengths.kv_heads):
+        head = kv_head * (lengths.heads // lengths.kv_heads) + member
         group = batch * lengths.heads + head
         live = block_map + group.to(tl.int64) * row_blocks * key_blocks + first_key // sizes.KB
         tl.debug_barrier()

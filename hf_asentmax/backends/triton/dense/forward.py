@@ -250,8 +250,11 @@ def dense_forward_kernel(
             return
     batch = group // lengths.heads
     head = group % lengths.heads
+    kv_head = head // (lengths.heads // lengths.kv_heads)
     first_row = row_block * BM
     rows = first_row + tl.arange(0, BM)
+    base = first_row + kv_len - q_len
+    position = tl.arange(0, BM).to(tl.float32)
     live = None
     if block_map is not None:
         live = block_map + (group.to(tl.int64) * row_blocks + row_block) * tl.cdiv(kv_len, KB)
@@ -263,10 +266,7 @@ def dense_forward_kernel(
     all_low = tl.max(tl.where(sees, start, 0), 0)
     all_high = tl.min(tl.where(sees, stop, kv_len), 0)
     q = load_rows(query, batch, head, first_row, BM, q_len, True, dims.D, dims.HEAD_DIM)
-    tile = QueryTile(
-        batch, head, head // (lengths.heads // lengths.kv_heads), rows, start, stop,
-        tl.arange(0, BM).to(tl.float32), first_row + kv_len - q_len, head_slope(scoring, head),
-    )  # fmt: skip
+    tile = QueryTile(batch, head, kv_head, rows, start, stop, position, base, head_slope(scoring, head))
 
     tau = tl.full([BM], float("-inf"), tl.float32)
     floor = tau

@@ -60,7 +60,7 @@ def _first_key(step, span, every, MASKED: tl.constexpr, SIZE: tl.constexpr):
     if MASKED:
         head_steps = span.head_keys // SIZE
         return tl.where(step < head_steps, span.low + step * SIZE, span.full_high + (step - head_steps) * SIZE)
-    else:  # noqa: RET505 (decided at compile time)
+    else:
         return span.full_low + step * (every * SIZE)
 
 

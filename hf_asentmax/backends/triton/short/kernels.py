@@ -133,17 +133,17 @@ def short_forward_kernel(
     row_block = pid % row_blocks
     batch = group // lengths.heads
     head = group % lengths.heads
+    kv_head = head // (lengths.heads // lengths.kv_heads)
     first_row = row_block * BM
     rows = first_row + tl.arange(0, BM)
+    base = first_row + kv_len - q_len
+    position = tl.arange(0, BM).to(tl.float32)
     start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
     sees = start < stop
     high = tl.max(tl.where(sees, stop, 0), 0)
     low = tl.minimum(tl.min(tl.where(sees, start, kv_len), 0), high)
     q = load_rows(query, batch, head, first_row, BM, q_len, True, dims.D, dims.HEAD_DIM)
-    tile = QueryTile(
-        batch, head, head // (lengths.heads // lengths.kv_heads), rows, start, stop,
-        tl.arange(0, BM).to(tl.float32), first_row + kv_len - q_len, head_slope(scoring, head),
-    )  # fmt: skip
+    tile = QueryTile(batch, head, kv_head, rows, start, stop, position, base, head_slope(scoring, head))
 
     if sizes.W_SMALL < sizes.W:
         if high - low <= sizes.W_SMALL:
@@ -198,7 +198,6 @@ def short_backward_kernel(
     DV: tl.constexpr = dims.DV
     q_len = lengths.q_len
     kv_len = lengths.kv_len
-    members = lengths.heads // lengths.kv_heads
     pid = tl.program_id(0)
     batch = pid // lengths.kv_heads
     kv_head = pid % lengths.kv_heads
@@ -210,18 +209,17 @@ def short_backward_kernel(
     v = load_rows(value, batch, kv_head, zero, W, kv_len, True, DV, dims.VALUE_DIM)
     acc_k = tl.zeros([W, D], tl.float32)
     acc_v = tl.zeros([W, DV], tl.float32)
-    for member in range(0, members):
-        head = kv_head * members + member
+    for member in range(0, lengths.heads // lengths.kv_heads):
+        head = kv_head * (lengths.heads // lengths.kv_heads) + member
         q = load_rows(query, batch, head, zero, BM, q_len, True, D, dims.HEAD_DIM)
         do = load_rows(grad, batch, head, zero, BM, q_len, True, DV, dims.VALUE_DIM)
         tau = tl.load(
             tau_in + (batch * lengths.heads + head).to(tl.int64) * q_len + rows, mask=rows < q_len, other=float("inf")
         )
-        tile = QueryTile(
-            batch, head, kv_head, rows, start, stop, (rows + (kv_len - q_len)).to(tl.float32), zero,
-            head_slope(scoring, head),
-        )  # fmt: skip
+        slope = head_slope(scoring, head)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        position = (rows + (kv_len - q_len)).to(tl.float32)
+        tile = QueryTile(batch, head, kv_head, rows, start, stop, position, zero, slope)
         score = tile_scores(product, scoring, tile, keys)
         seen = tile_sees(masks, tile, keys, lengths)
         p, s = support_powers(tl.where(seen, excess_over(score, tau[:, None]), 0.0), scoring.exponent)
