@@ -59,6 +59,7 @@ def test_both_regimes_in_one_call(device: str, monkeypatch: pytest.MonkeyPatch) 
     assert flags.any() and not flags.all()
 
 
+@pytest.mark.slow
 def test_the_backward_pass_follows_the_forward_pass(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another choice in between changes nothing: what the forward pass kept decides."""
     from hf_asentmax.backends.triton import planning

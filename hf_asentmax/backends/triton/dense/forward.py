@@ -141,7 +141,8 @@ def _key_span(low, high, all_low, all_high, masks, batch, BN: tl.constexpr, KB: 
     some_full = full_high > full_low
     full_low = tl.where(some_full, full_low, low)
     full_high = tl.where(some_full, full_high, low)
-    return KeySpan(low, high, full_low, full_high, full_low - low, full_high - full_low, high - full_high)
+    full_keys = full_high - full_low
+    return KeySpan(low, high, full_low, full_high, full_low - low, full_keys, high - full_high)
 
 
 @triton.jit
