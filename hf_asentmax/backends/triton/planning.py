@@ -14,16 +14,9 @@ import torch
 from .common.problem import Problem
 from .dense.forward import ACTIVE_ROWS
 from .dense.launch import DenseState, dense_backward, dense_forward, largest_key_norms, new_dense_state
-from .lists.launch import (
-    SparseLists,
-    column_ends,
-    keeps_weights,
-    list_capacity,
-    sparse_backward,
-    sparse_forward,
-    sparse_tiles,
-    sparse_unsupported_reason,
-)
+from .lists.device import Lists
+from .lists.launch import Gradients, column_ends, lists_backward, lists_forward
+from .lists.tiles import keeps_weights, list_capacity, list_tiles, lists_unsupported_reason
 
 __all__ = ["SPARSE_FROM", "State", "backward", "forward", "new_state"]
 
@@ -35,7 +28,7 @@ _BACKWARD_BYTES = 112 << 20
 
 
 class State(NamedTuple):
-    """What a call leaves for its backward pass: dense_launch.DenseState and sparse_attention.SparseLists.
+    """What a call leaves for its backward pass: dense_launch.DenseState and lists.device.Lists.
 
     Without lists where the dense regime does all rows. Of no use where no backward pass will follow.
     """
@@ -55,7 +48,7 @@ class State(NamedTuple):
 
 
 def _uses_lists(problem: Problem) -> bool:
-    return problem.key.shape[2] >= SPARSE_FROM and sparse_unsupported_reason(problem) is None
+    return problem.key.shape[2] >= SPARSE_FROM and lists_unsupported_reason(problem) is None
 
 
 def new_state(problem: Problem) -> State:
@@ -65,7 +58,7 @@ def new_state(problem: Problem) -> State:
     if not _uses_lists(problem):
         return State(*dense)
     q_len = query.shape[2]
-    capacity = list_capacity(problem, sparse_tiles(query.dtype, query.shape[3]))
+    capacity = list_capacity(problem, list_tiles(query.dtype, query.shape[3]))
     empty = problem.launch.empty
     listed = empty((problem.groups, capacity), torch.int32)
     offsets, counts = (empty((problem.groups, q_len), torch.int32) for _ in range(2))
@@ -82,7 +75,7 @@ def forward(problem: Problem, output: torch.Tensor) -> State:
         dense_forward(problem, output, dense)
         return State(*dense)
     largest_key = largest_key_norms(problem)
-    lists = sparse_forward(problem, output, dense.tau, dense.mean_value, largest_key)
+    lists = lists_forward(problem, output, dense.tau, dense.mean_value, largest_key)
     dense_forward(problem, output, dense, active=lists.overflow, largest_key=largest_key)
     return State(*dense, *lists)
 
@@ -130,19 +123,19 @@ def backward(problem: Problem, state: State, grad: torch.Tensor) -> tuple[torch.
         groups = slice(first, first + part.groups)
         kv_groups = slice(first_kv, first_kv + part.key.shape[0] * part.key.shape[1])
         dense = DenseState(tau[entries, query_heads], mean_value[entries, query_heads], block_map[groups])
-        lists = SparseLists(
+        lists = Lists(
             listed[groups], offsets[groups], counts[groups], column_counts[kv_groups], overflow[groups]
         )  # fmt: skip
         gradients = (
             grad[entries, query_heads], query_grad[entries, query_heads], key_grad[entries, key_heads],
             value_grad[entries, key_heads],
         )  # fmt: skip
-        sparse_backward(
+        lists_backward(
             part,
             tau[entries, query_heads],
             mean_value[entries, query_heads],
             lists,
-            *gradients,
+            Gradients(*gradients),
             ends[kv_groups],
             deterministic=deterministic,
         )

@@ -13,9 +13,11 @@ import triton.language as tl
 
 from hf_asentmax.backends.triton.common.problem import Problem, rows_of
 from hf_asentmax.backends.triton.common.row_ranges import row_ranges
-from hf_asentmax.backends.triton.lists.launch import ROW_BLOCK, SparseLists, sparse_forward, sparse_tiles
+from hf_asentmax.backends.triton.lists.candidates import LISTERS, append_candidates, half_bound
+from hf_asentmax.backends.triton.lists.device import Lengths, Lists
+from hf_asentmax.backends.triton.lists.launch import lists_forward
 from hf_asentmax.backends.triton.lists.pilot import SAMPLED_KEYS, SAMPLED_ROWS, pilot_kernel
-from hf_asentmax.backends.triton.lists.scores import LISTERS, _append, _half_bound
+from hf_asentmax.backends.triton.lists.tiles import ROW_BLOCK, list_tiles
 
 
 def problem_of(
@@ -40,8 +42,9 @@ def flags(problem: Problem, room: int = 128) -> list[list[int]]:
     overflow = torch.zeros(problem.groups, -(-query.shape[2] // ROW_BLOCK), dtype=torch.uint8, device=query.device)
     constants = {name: problem.constants[name] for name in ("D", "HEAD_DIM", "PRECISION")}
     pilot_kernel[(overflow.numel(),)](
-        rows_of(query), rows_of(key), largest_key, overflow, problem.masks, problem.scoring, **problem.lengths,
-        ROOM=room, ROW_BLOCK=ROW_BLOCK, R=SAMPLED_ROWS, SAMPLE=SAMPLED_KEYS, **constants, num_warps=4,
+        rows_of(query), rows_of(key), largest_key, overflow, problem.masks, problem.scoring,
+        Lengths(**problem.lengths), ROOM=room, ROW_BLOCK=ROW_BLOCK, R=SAMPLED_ROWS, SAMPLE=SAMPLED_KEYS, **constants,
+        num_warps=4,
     )  # fmt: skip
     return overflow.tolist()
 
@@ -89,12 +92,12 @@ def test_masks_count(device: str) -> None:
     assert flags(problem_of(draw(device, q_len=2000)[0] * 0.05, key[:, :1], cu_seqlens=packed)) == [[0] * 16]
 
 
-def lists_of(problem: Problem) -> SparseLists:
+def lists_of(problem: Problem) -> Lists:
     query, key = problem.query, problem.key
     output, tau = torch.zeros_like(query), torch.zeros(query.shape[:3], device=query.device)
     largest_key = key.norm(dim=-1).amax(-1).reshape(-1)
-    tiles = sparse_tiles(query.dtype, query.shape[3])
-    return sparse_forward(problem, output, tau, torch.zeros_like(output), largest_key, tiles)
+    tiles = list_tiles(query.dtype, query.shape[3])
+    return lists_forward(problem, output, tau, torch.zeros_like(output), largest_key, tiles)
 
 
 def test_flagged_row_blocks_are_left_alone(device: str) -> None:
@@ -119,10 +122,10 @@ def test_many_blocks_with_a_candidate_mean_a_long_list(device: str) -> None:
 def append_kernel(scores, bounds, lists, counts, BM: tl.constexpr, ROOM: tl.constexpr):
     row = tl.arange(0, BM)
     score = tl.load(scores + row[:, None] * 128 + tl.arange(0, 128)[None, :])
-    factor, shift = _half_bound(tl.load(bounds + row))
+    factor, shift = half_bound(tl.load(bounds + row))
     lister = row[:, None] * LISTERS + tl.arange(0, LISTERS)[None, :]
     count = tl.zeros([BM, LISTERS], tl.int32)
-    count = _append(lists + lister * ROOM, count, score, factor, shift, 5, BM, 128, ROOM - 1)
+    count = append_candidates(lists + lister * ROOM, count, score, factor, shift, 5, BM, 128, ROOM - 1)
     tl.store(counts + lister, count)
 
 

@@ -13,16 +13,9 @@ pytest.importorskip("triton")
 from hf_asentmax import entmax_attention
 from hf_asentmax.backends.triton.common.problem import Problem
 from hf_asentmax.backends.triton.common.row_ranges import row_ranges
-from hf_asentmax.backends.triton.lists.launch import (
-    ROW_BLOCK,
-    SparseLists,
-    SparseTiles,
-    column_ends,
-    sparse_backward,
-    sparse_forward,
-    sparse_tiles,
-    sparse_unsupported_reason,
-)
+from hf_asentmax.backends.triton.lists.device import Lists
+from hf_asentmax.backends.triton.lists.launch import Gradients, column_ends, lists_backward, lists_forward
+from hf_asentmax.backends.triton.lists.tiles import ROW_BLOCK, ListTiles, list_tiles, lists_unsupported_reason
 
 from reference import assert_close
 
@@ -31,9 +24,9 @@ ON_GPU = torch.cuda.is_available()
 HALF_TYPES = [torch.bfloat16, torch.float16]
 
 
-def tiles_of(dtype: torch.dtype, head_dim: int, **changes: int) -> SparseTiles:
+def tiles_of(dtype: torch.dtype, head_dim: int, **changes: int) -> ListTiles:
     """The tiles as they are, but fewer, larger programs for the interpreter, which takes its time for each."""
-    tiles = sparse_tiles(dtype, head_dim)
+    tiles = list_tiles(dtype, head_dim)
     if not ON_GPU:
         tiles = tiles._replace(rows=64, list_rows=32, expand_rows=32)
     return tiles._replace(**changes)
@@ -89,19 +82,20 @@ class Call:
             self.query, self.key, self.value, alpha, 1 / math.sqrt(head_dim), is_causal, self.window, None,
             self.slopes, ranges,
         )  # fmt: skip
-        assert sparse_unsupported_reason(self.problem) is None
+        assert lists_unsupported_reason(self.problem) is None
 
-    def run(self, tiles: SparseTiles, deterministic: bool = False) -> SparseLists:
+    def run(self, tiles: ListTiles, deterministic: bool = False) -> Lists:
         key, value = self.key, self.value
         self.output = torch.full((*self.query.shape[:3], value.shape[3]), math.nan).to(self.query)
         self.tau = torch.full(self.query.shape[:3], math.nan, device=key.device)
         norms = key.float().norm(dim=-1).amax(-1).reshape(-1)
         self.mean_value = torch.full_like(self.output, math.nan)
-        lists = sparse_forward(self.problem, self.output, self.tau, self.mean_value, norms, tiles)
+        lists = lists_forward(self.problem, self.output, self.tau, self.mean_value, norms, tiles)
         self.query_grad = torch.full_like(self.query, math.nan)
         self.key_grad, self.value_grad = torch.full_like(key, math.nan), torch.full_like(value, math.nan)
-        sparse_backward(
-            self.problem, self.tau, self.mean_value, lists, self.grad, self.query_grad, self.key_grad, self.value_grad,
+        lists_backward(
+            self.problem, self.tau, self.mean_value, lists,
+            Gradients(self.grad, self.query_grad, self.key_grad, self.value_grad),
             column_ends(lists.column_counts), deterministic=deterministic, tiles=tiles,
         )  # fmt: skip
         return lists
@@ -249,7 +243,7 @@ def test_deterministic(device: str) -> None:
 
 def test_lists_that_outgrow_their_room_are_flagged(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for three keys a row on average, not all blocks of rows get lists; what those get is right."""
-    monkeypatch.setattr("hf_asentmax.backends.triton.lists.launch._KEYS_A_ROW", 3)
+    monkeypatch.setattr("hf_asentmax.backends.triton.lists.tiles._KEYS_A_ROW", 3)
     call = Call(device, q_len=256, kv_len=256, heads=2, kv_heads=2)
     lists = call.run(tiles_of(torch.float32, 16))
     assert lists.overflow.any()
@@ -263,7 +257,7 @@ def test_lists_that_outgrow_their_room_are_flagged(device: str, monkeypatch: pyt
 
 def test_no_list_lacks_room_where_two_runs_must_agree(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which lists find no room depends on the order of the programs."""
-    monkeypatch.setattr("hf_asentmax.backends.triton.lists.launch._KEYS_A_ROW", 1)
+    monkeypatch.setattr("hf_asentmax.backends.triton.lists.tiles._KEYS_A_ROW", 1)
     torch.use_deterministic_algorithms(True)
     try:
         lists = Call(device, q_len=80, kv_len=80, heads=1).run(tiles_of(torch.float32, 16))
@@ -273,7 +267,7 @@ def test_no_list_lacks_room_where_two_runs_must_agree(device: str, monkeypatch: 
 
 
 def test_chunks_of_row_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_asentmax.backends.triton.lists.launch._WORKSPACE_BYTES", 40_000)
+    monkeypatch.setattr("hf_asentmax.backends.triton.lists.workspace._WORKSPACE_BYTES", 40_000)
     call = Call(device, q_len=90, heads=3, kv_heads=3)
     call.run(tiles_of(torch.float32, 16))
     call.check(1e-5)
@@ -289,10 +283,10 @@ def test_long(dtype: torch.dtype, head_dim: int) -> None:
         pytest.skip("the dense regime does these")
     slopes = [0.0, 0.01, 0.0, 0.5]
     call = Call("cuda", dtype=dtype, heads=4, kv_heads=2, q_len=1111, kv_len=1400, head_dim=head_dim, slopes=slopes)
-    lists = call.run(sparse_tiles(dtype, head_dim))
+    lists = call.run(list_tiles(dtype, head_dim))
     assert not lists.overflow.any()
     call.check(FORWARD_TOLERANCE[dtype])
     again = call.key_grad.clone()
-    call.run(sparse_tiles(dtype, head_dim), deterministic=True)
+    call.run(list_tiles(dtype, head_dim), deterministic=True)
     call.check(FORWARD_TOLERANCE[dtype])
     assert_close("the two ways", again, call.key_grad, 2 * FORWARD_TOLERANCE[dtype])
