@@ -41,9 +41,10 @@ def flags(problem: Problem, room: int = 128) -> list[list[int]]:
     largest_key = key.float().norm(dim=-1).amax(-1).reshape(-1)
     overflow = torch.zeros(problem.groups, -(-query.shape[2] // ROW_BLOCK), dtype=torch.uint8, device=query.device)
     constants = {name: problem.constants[name] for name in ("D", "HEAD_DIM", "PRECISION")}
+    lengths = Lengths(query.shape[1], key.shape[1], query.shape[2], key.shape[2])
     pilot_kernel[(overflow.numel(),)](
         rows_of(query), rows_of(key), largest_key, overflow, problem.masks, problem.scoring,
-        Lengths(**problem.lengths), ROOM=room, ROW_BLOCK=ROW_BLOCK, R=SAMPLED_ROWS, SAMPLE=SAMPLED_KEYS, **constants,
+        lengths, ROOM=room, ROW_BLOCK=ROW_BLOCK, R=SAMPLED_ROWS, SAMPLE=SAMPLED_KEYS, **constants,
         num_warps=4,
     )  # fmt: skip
     return overflow.tolist()

@@ -1,8 +1,7 @@
 r"""Decoding, second and third kernel: tau from the scores, and the output from the values of the support alone.
 
-1. tau of the tiles' maxima, taken in at most 512 classes, is a lower bound on tau (`lists/bounds.py`). Only tiles whose
-   maximum exceeds it can hold support: they are listed, and of their keys those above the bound, the candidates. On
-   trained models and on random keys these are the support and a few keys more.
+1. `candidates.py` lists the keys above a lower bound on tau. On trained models and on random keys these are the support
+   and a few keys more.
 2. Newton's method on ||[u - t]_+||_p = 1, p = 1/(alpha-1), over the candidates rises to tau and never passes it.
 3. Values are gathered where the weight is above zero. Where these are many, several programs share them. All of them
    list and solve (the same arithmetic, so the same tau), each sums its part, and the last to finish adds the parts.
@@ -20,8 +19,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..common.device import newton_step, support_powers
-from ..lists.device import scatter
+from ..common.device import support_powers
+from .candidates import Alibi, active_tiles, list_candidates, raised_tau
 from .scores import SPAN
 
 __all__ = ["decode_flat_kernel", "decode_output_kernel"]
@@ -39,126 +38,12 @@ class _Row(NamedTuple):
     number: Any
 
 
-class _Alibi(NamedTuple):
-    """ALiBi of a row: the slope times alpha - 1, the row's key, and the distance of the nearest visible tile."""
-
-    slope: Any
-    position: Any
-    nearest: Any
-
-
 class _Candidates(NamedTuple):
     """A list in a row's record: places of its keys and of its scores, and how many there are."""
 
     keys_at: Any
     scores_at: Any
     count: Any
-
-
-@triton.jit
-def _raised(tau, p, s, exponent: tl.constexpr):
-    """Newton's step from the summands p and s of a tau that is at most the root; both sums are one reduction."""
-    sum_p, sum_s = tl.split(tl.sum(tl.join(p, s), 0))
-    _, step = newton_step(sum_p, sum_s, exponent)
-    return tau + tl.where(sum_p > 0, tl.maximum(step, 0.0), 0.0)
-
-
-@triton.jit
-def _tile_maxima(record, workspace, first, last, alibi, scoring, NB: tl.constexpr, BN: tl.constexpr):
-    """The maxima of tiles [first, first + NB) with ALiBi measured from alibi.nearest; -inf from `last` on."""
-    tile = first + tl.arange(0, NB)
-    largest = tl.load(record + workspace.maxima + tile, mask=tile < last, other=float("-inf"))
-    if scoring.slopes is not None:
-        largest -= alibi.slope * (tl.abs(alibi.position - tile * BN) - alibi.nearest).to(tl.float32)
-    return largest
-
-
-@triton.jit
-def _bound(largest, top, scoring, STEPS: tl.constexpr, NB: tl.constexpr):
-    """tau of the maxima (NB,) from below, lowered by more than float32 can have rounded."""
-    if NB > 512:
-        largest = tl.max(tl.reshape(largest, [NB // 512, 512]), 0)
-    tau = top - 1.0
-    for _ in range(STEPS):
-        p, s = support_powers(tl.maximum(largest - tau, 0.0), scoring.exponent)
-        tau = _raised(tau, p, s, scoring.exponent)
-    return tau - (1.0 + tl.abs(tau)) * 2.0**-18
-
-
-@triton.jit
-def _list_active(record, workspace, begin, end, alibi, bound, scoring, NB: tl.constexpr, BN: tl.constexpr):
-    """Lists the tiles of [begin, end) whose maximum exceeds the bound; returns how many there are."""
-    places = record.to(tl.pointer_type(tl.int32)) + workspace.active
-    active = 0
-    for first in range(begin, end, NB):
-        largest = _tile_maxima(record, workspace, first, end, alibi, scoring, NB, BN)
-        ones = (largest > bound).to(tl.int32)
-        slot = active + tl.cumsum(ones, 0) - ones
-        scatter(places + slot, first + tl.arange(0, NB), ones != 0)
-        active += tl.sum(ones, 0)
-    tl.debug_barrier()
-    return active
-
-
-@triton.jit
-def _active_tiles(
-    record, workspace, begin, end, slope, position, scoring, kv_len,
-    BOUND_STEPS: tl.constexpr, NB: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Lists the tiles of [begin, end) that can hold support, NB at a time.
-
-    Returns:
-        The distance of the nearest tile with a visible key (0 without ALiBi), the largest score (not finite if there is
-        none, or one that is not a number), the lower bound on tau, and the number of tiles listed.
-    """
-    nearest = begin * 0
-    if scoring.slopes is not None:
-        nearest = nearest + kv_len
-        for first in range(begin, end, NB):
-            tile = first + tl.arange(0, NB)
-            largest = tl.load(record + workspace.maxima + tile, mask=tile < end, other=float("-inf"))
-            distance = tl.abs(position - tile * BN)
-            nearest = tl.minimum(nearest, tl.min(tl.where(largest > float("-inf"), distance, kv_len), 0))
-    alibi = _Alibi(slope, position, nearest)
-    largest = _tile_maxima(record, workspace, begin, end, alibi, scoring, NB, BN)
-    for first in range(begin + NB, end, NB):
-        others = _tile_maxima(record, workspace, first, end, alibi, scoring, NB, BN)
-        largest = tl.maximum(largest, others)
-    top = tl.max(largest, 0)
-    usable = (top > float("-inf")) & (top < float("inf"))
-    bound = _bound(largest, tl.where(usable, top, 0.0), scoring, BOUND_STEPS, NB)
-    bound = tl.where(usable, bound, float("inf"))
-    active = _list_active(record, workspace, begin, end, alibi, bound, scoring, NB, BN)
-    return nearest, top, bound, active
-
-
-@triton.jit
-def _list_candidates(
-    record, workspace, begin, end, keys_at, scores_at, alibi, bound, scoring, CB: tl.constexpr, BN: tl.constexpr
-):
-    """Lists keys above the bound, of active tiles [begin, end), and their scores; returns how many there are.
-
-    scores_at may be the place of the first of these tiles' own scores: the list never overtakes what is still to read.
-    """
-    words = record.to(tl.pointer_type(tl.int32))
-    total = 0
-    within = tl.arange(0, BN)
-    for first in range(begin, end, CB):
-        place = first + tl.arange(0, CB)
-        inside = place < end
-        tile = tl.load(words + workspace.active + place, mask=inside, other=0)
-        keys = tile[:, None] * BN + within[None, :]
-        score = tl.load(record + keys, mask=inside[:, None], other=float("-inf"))
-        if scoring.slopes is not None:
-            score -= (alibi.slope * (tl.abs(alibi.position - tile * BN) - alibi.nearest).to(tl.float32))[:, None]
-        ones = (score > bound).to(tl.int32)
-        slot = total + tl.reshape(tl.cumsum(tl.reshape(ones, [CB * BN]), 0), [CB, BN]) - ones
-        total += tl.sum(tl.reshape(ones, [CB * BN]), 0)
-        tl.debug_barrier()
-        scatter(words + keys_at + slot, keys, ones != 0)
-        scatter(words + scores_at + slot, score.to(tl.int32, bitcast=True), ones != 0)
-    tl.debug_barrier()
-    return total
 
 
 @triton.jit
@@ -188,7 +73,7 @@ def _solve(record, scores_at, count, tau, scoring, FEW: tl.constexpr, MANY: tl.c
         for _ in range(0, STEPS):
             if moved > _ENOUGH:
                 p, s = support_powers(tl.maximum(score - tau, 0.0), scoring.exponent)
-                raised = _raised(tau, p, s, scoring.exponent)
+                raised = raised_tau(tau, p, s, scoring.exponent)
                 moved = (raised - tau) / (1.0 + tl.abs(tau))
                 tau = raised
     else:
@@ -197,7 +82,7 @@ def _solve(record, scores_at, count, tau, scoring, FEW: tl.constexpr, MANY: tl.c
                 sum_p = tl.zeros([MANY], tl.float32)
                 sum_s = tl.zeros([MANY], tl.float32)
                 sum_p, sum_s = _add_powers(sum_p, sum_s, record, scores_at, count, tau, scoring, MANY)
-                raised = _raised(tau, sum_p, sum_s, scoring.exponent)
+                raised = raised_tau(tau, sum_p, sum_s, scoring.exponent)
                 moved = (raised - tau) / (1.0 + tl.abs(tau))
                 tau = raised
     return tau
@@ -225,7 +110,7 @@ def _solve_shares(
                 count = tl.load(words + workspace.state + 3 + part)
                 first_tile = tl.load(words + workspace.active + _share(active, part, PARTS))
                 sum_p, sum_s = _add_powers(sum_p, sum_s, record, first_tile * BN, count, tau, scoring, MANY)
-            raised = _raised(tau, sum_p, sum_s, scoring.exponent)
+            raised = raised_tau(tau, sum_p, sum_s, scoring.exponent)
             moved = (raised - tau) / (1.0 + tl.abs(tau))
             tau = raised
     return tau
@@ -338,14 +223,14 @@ def decode_output_kernel(
     if NB > FEW and scoring.slopes is not None:
         few = end - begin <= FEW  # a head with ALiBi in a long cache; fewer tiles take less time
         if few:
-            nearest, top, bound, active = _active_tiles(
+            nearest, top, bound, active = active_tiles(
                 record, workspace, begin, end, slope, position, scoring, kv_len, BOUND_STEPS, FEW, BN
             )
     if not few:
-        nearest, top, bound, active = _active_tiles(
+        nearest, top, bound, active = active_tiles(
             record, workspace, begin, end, slope, position, scoring, kv_len, BOUND_STEPS, NB, BN
         )
-    alibi = _Alibi(slope, position, nearest)
+    alibi = Alibi(slope, position, nearest)
     usable = (top > float("-inf")) & (top < float("inf"))
     strange = top == float("inf")  # a score that is not a number, or infinite
 
@@ -359,12 +244,12 @@ def decode_output_kernel(
         begin = _share(active, part, PARTS)
         end = _share(active, part + 1, PARTS)
         place = tl.load(words + workspace.active + begin) * BN
-        count = _list_candidates(
+        count = list_candidates(
             record, workspace, begin, end, workspace.listed_keys + place, place, alibi, bound, scoring, CB, BN
         )
         tl.store(words + workspace.state + 3 + part, count)
     else:
-        count = _list_candidates(
+        count = list_candidates(
             record, workspace, 0, active, workspace.listed_keys, workspace.listed_scores, alibi, bound, scoring, CB, BN
         )
         shares = tl.maximum(tl.minimum(count // (2 * CV), PARTS), 1)
@@ -390,7 +275,7 @@ def decode_flat_kernel(
     values of its own part. It writes its partial sum; the last program of a row to arrive writes the output. Programs
     of other rows end at once.
 
-    Args: as those of decode_output_kernel.
+    The arguments are those of decode_output_kernel.
     """
     part = tl.program_id(0) % PARTS
     row = _row_of(tl.program_id(0) // PARTS, workspace, queries)

@@ -59,7 +59,7 @@ class _ForwardRows(NamedTuple):
 
 
 def _lengths(problem: Problem) -> Lengths:
-    return Lengths(**problem.lengths)
+    return Lengths(problem.query.shape[1], problem.key.shape[1], problem.query.shape[2], problem.key.shape[2])
 
 
 def _dims(problem: Problem) -> Dims:
