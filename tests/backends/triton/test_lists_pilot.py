@@ -1,4 +1,4 @@
-"""Row blocks are flagged for the dense regime before passes over their scores, and only where no list would fit."""
+"""The pilot flags row blocks for the dense regime, and only where no list would fit; candidate words and bounds."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_flat_row_blocks_are_flagged(alpha: float, device: str) -> None:
     assert flags(problem_of(query, key, alpha=alpha)) == [[1, 0]]
 
 
-@pytest.mark.parametrize("kv_len", [300, 1000, 2000, 8000, 30000])
+@pytest.mark.parametrize("kv_len", [300, 2000, 30000])
 @pytest.mark.parametrize("factor", [1.0, 8.0])
 def test_random_rows_are_not(kv_len: int, factor: float, device: str) -> None:
     query, key = draw(device, kv_len=kv_len, heads=2)
@@ -71,7 +71,7 @@ def test_random_rows_are_not(kv_len: int, factor: float, device: str) -> None:
 
 
 def test_a_key_outside_of_the_sample_may_decide(device: str) -> None:
-    """Nobody can see one key in a sample: norms that allow for it must keep rows from being flagged."""
+    """A sample misses single keys: where the norms allow for a decisive one, rows must not be flagged."""
     query, key = draw(device, kv_len=4000)
     query *= 0.05
     assert flags(problem_of(query, key)) == [[1, 1]]
@@ -80,7 +80,7 @@ def test_a_key_outside_of_the_sample_may_decide(device: str) -> None:
 
 
 def test_masks_count(device: str) -> None:
-    """Few visible keys fit into any list; ALiBi heads are passed over; padded keys are no part of a sample."""
+    """Few visible keys fit into any list, ALiBi heads are skipped, and padded keys are not sampled."""
     query, key = draw(device, heads=2)
     query *= 0.05
     slopes = torch.tensor([0.0, 0.1], device=device)
@@ -111,7 +111,7 @@ def test_flagged_row_blocks_are_left_alone(device: str) -> None:
 
 
 def test_many_blocks_with_a_candidate_mean_a_long_list(device: str) -> None:
-    """Supports of about 130 to 280 of 4,000 keys: too sharp for the pilot, flagged by their block maxima."""
+    """Supports of about 130 to 280 of 4,000 keys are too sharp for the pilot; their block maxima flag them."""
     query, key = draw(device, q_len=8, kv_len=4000)
     problem = problem_of(query * 0.3, key)
     assert flags(problem) == [[0]]
@@ -131,7 +131,7 @@ def append_kernel(scores, bounds, lists, counts, BM: tl.constexpr, ROOM: tl.cons
 
 
 def test_words_hold_what_lies_above_the_bound(device: str) -> None:
-    """Every score above the bound, and beyond these only such as float16 cannot tell from it, or 1/32 near 0."""
+    """Words hold every score above the bound, and others only within float16's rounding of it, or 1/32 near 0."""
     bounds = [3.0, 33.3, 1.0, -1.0, -70.7, 1e-3, 0.0, -0.0, -1e-4, 1 / 32, -1 / 32, 2048.0, 59999.0, -59999.0, math.inf]
     bound = torch.tensor([*bounds, 0.1], device=device)
     generator = torch.Generator().manual_seed(1)
@@ -157,7 +157,7 @@ def test_words_hold_what_lies_above_the_bound(device: str) -> None:
 
 @pytest.mark.parametrize("blocks", ["one", "all"])
 def test_negative_scores(blocks: str, device: str) -> None:
-    """A block of negative scores only, and rows of negative scores only: lists hold the support and little more."""
+    """Where a block or a row has negative scores only, its lists still hold the support and little more."""
     query, key = draw(device, q_len=8, kv_len=400)
     direction = torch.nn.functional.normalize(torch.ones(32, device=device), dim=0)
     query = 4.0 * query + 20 * direction
