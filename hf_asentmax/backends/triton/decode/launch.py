@@ -22,6 +22,7 @@ __all__ = ["DecodeTiles", "decode", "decode_tiles"]
 _BOUND_STEPS = 3
 # Most Newton steps on the candidates; the loop stops when tau stays.
 _STEPS = 24
+# Tile maxima that a program reads at a time.
 _MOST_TILES_AT_ONCE = 4096
 # Candidates that a program solves in registers, and those that it reads at a time where there are more.
 _SOLVED_IN_REGISTERS = 512
