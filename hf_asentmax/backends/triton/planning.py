@@ -17,16 +17,9 @@ from .common.problem import Problem
 from .common.state import Gradients, TileState
 from .dense.launch import dense_backward, dense_forward, largest_key_norms
 from .dense.tiles import forward_tiles
-from .lists.launch import (
-    SparseLists,
-    column_ends,
-    keeps_weights,
-    list_capacity,
-    sparse_backward,
-    sparse_forward,
-    sparse_tiles,
-    sparse_unsupported_reason,
-)
+from .lists.device import Lists
+from .lists.launch import column_ends, lists_backward, lists_forward
+from .lists.tiles import keeps_weights, list_capacity, list_tiles, lists_unsupported_reason
 from .short.launch import forward_rows, holds_head, is_short, short_backward, short_forward
 
 __all__ = ["LISTS_FROM", "State", "backward", "forward", "new_state", "regime"]
@@ -63,7 +56,7 @@ def regime(problem: Problem) -> str:
     if is_short(problem):
         return "short"
     long = problem.key.shape[2] >= LISTS_FROM
-    return "lists" if long and sparse_unsupported_reason(problem) is None else "dense"
+    return "lists" if long and lists_unsupported_reason(problem) is None else "dense"
 
 
 def _map_rows(problem: Problem) -> int:
@@ -90,7 +83,7 @@ def new_state(problem: Problem) -> State:
     if regime(problem) != "lists":
         return State(*tile_state)
     q_len = query.shape[2]
-    capacity = list_capacity(problem, sparse_tiles(query.dtype, query.shape[3]))
+    capacity = list_capacity(problem, list_tiles(query.dtype, query.shape[3]))
     empty = problem.launch.empty
     listed = empty((problem.groups, capacity), torch.int32)
     offsets, counts = (empty((problem.groups, q_len), torch.int32) for _ in range(2))
@@ -110,7 +103,7 @@ def forward(problem: Problem, output: torch.Tensor) -> State:
         dense_forward(problem, output, tile_state)
     else:
         largest_key = largest_key_norms(problem)
-        lists = sparse_forward(problem, output, tile_state.tau, tile_state.mean_value, largest_key)
+        lists = lists_forward(problem, output, tile_state.tau, tile_state.mean_value, largest_key)
         dense_forward(problem, output, tile_state, active=lists.overflow, largest_key=largest_key)
         return State(*tile_state, *lists)
     return State(*tile_state)
@@ -165,19 +158,19 @@ def _lists_backward(problem: Problem, state: State, gradients: Gradients) -> Non
         groups = slice(first, first + part.groups)
         kv_groups = slice(first_kv, first_kv + part.key.shape[0] * part.key.shape[1])
         tiles = TileState(tau[entries, query_heads], mean_value[entries, query_heads], block_map[groups])
-        lists = SparseLists(
+        lists = Lists(
             listed[groups], offsets[groups], counts[groups], column_counts[kv_groups], overflow[groups]
         )  # fmt: skip
         part_gradients = Gradients(
             gradients.output[entries, query_heads], gradients.query[entries, query_heads],
             gradients.key[entries, key_heads], gradients.value[entries, key_heads],
         )  # fmt: skip
-        sparse_backward(
+        lists_backward(
             part,
             tiles.tau,
             mean_value[entries, query_heads],
             lists,
-            *part_gradients,
+            part_gradients,
             ends[kv_groups],
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )

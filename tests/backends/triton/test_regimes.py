@@ -24,7 +24,7 @@ def check_mixed(case: Case, device: str) -> torch.Tensor:
     from hf_asentmax.backends.triton import planning
 
     flags = []
-    plain = planning.sparse_forward
+    plain = planning.lists_forward
 
     def recording(*args: object, **more: object) -> object:
         lists = plain(*args, **more)  # type: ignore[arg-type]
@@ -33,7 +33,7 @@ def check_mixed(case: Case, device: str) -> torch.Tensor:
         assert [(t.shape, t.dtype) for t in traced[3:]] == [(t.shape, t.dtype) for t in lists]  # type: ignore[attr-defined]
         return lists
 
-    planning.sparse_forward = recording  # type: ignore[assignment]
+    planning.lists_forward = recording  # type: ignore[assignment]
     try:
         *inputs, grad = mixed(case, device)
         settings = options(case, device)
@@ -41,7 +41,7 @@ def check_mixed(case: Case, device: str) -> torch.Tensor:
         output = entmax_attention(*leaves, backend="triton", **settings)
         results = [output, *torch.autograd.grad(output, leaves, grad)]
     finally:
-        planning.sparse_forward = plain
+        planning.lists_forward = plain
     expected = definition(inputs, grad, settings)
     for name, mine, exact in zip(("output", "dq", "dk", "dv"), results, expected, strict=True):
         assert_close(name, mine, exact, TOLERANCES[case.dtype] * (1 if name == "output" else 2))
