@@ -28,7 +28,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from ..call import Call
 from ..masks import alibi_positions, query_positions, visible_keys
 from .autocast import as_autocast
-from .triton import entry as triton_entry
+from .triton import support
 
 __all__ = ["attention", "unsupported_reason"]
 
@@ -61,7 +61,7 @@ _materialized = torch.ops.hf_asentmax.materialized
 
 def unsupported_reason(call: Call) -> str | None:
     """Why PyTorch's fused kernels cannot run this call, and what to do instead; None if they can."""
-    reason = triton_entry.unsupported_call_reason("PyTorch's kernels", call)
+    reason = support.unsupported_call_reason("PyTorch's kernels", call)
     if reason is not None:
         return reason
     if call.scoring.alpha != 1.0:
@@ -75,7 +75,7 @@ def unsupported_reason(call: Call) -> str | None:
     for head_dim in (call.query.shape[-1], call.value.shape[-1]):
         if not low <= head_dim <= high:
             return f"FlexAttention takes head dimensions from {low} to {high}, got {head_dim}; use backend='eager'"
-    return triton_entry.unsupported_device_reason(device)
+    return support.unsupported_device_reason(device)
 
 
 def attention(call: Call) -> torch.Tensor:

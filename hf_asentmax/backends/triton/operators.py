@@ -1,36 +1,70 @@
-"""The kernels as one PyTorch operator: fake implementation for torch.compile, autograd formula, no graph break."""
+"""The kernels as one PyTorch operator, with a fake implementation for torch.compile and an autograd formula.
+
+The operator's arguments are flat, as PyTorch wants them: the tensors of `OperatorTensors`, then the numbers of
+`Options`.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from ...call import Call
 from ..autocast import as_autocast
 from .common.launching import Launcher, run
 from .common.row_ranges import RowRanges, row_ranges
 
-__all__ = ["attention", "needs_gradient"]
+if TYPE_CHECKING:
+    from .common.problem import Problem
+
+__all__ = ["OperatorTensors", "Options", "attention", "options_of", "output_shape", "problem_of", "unit_stride"]
 
 
-def _problem(
-    tensors: tuple[Any, ...],
-    alpha: float,
-    scale: float,
-    is_causal: bool,
-    sliding_window: int | None,
-    softcap: float | None,
-    for_backward: bool = True,
-    *,
-    launcher: Launcher | None = None,
-) -> Any:
-    """The call whose tensors are the operator's, after `_with_unit_strides`."""
+class OperatorTensors(NamedTuple):
+    """The tensors of the operator's arguments: query, key, value, ALiBi's slopes, and the fields of RowRanges."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    slopes: torch.Tensor | None = None
+    start: torch.Tensor | None = None
+    stop: torch.Tensor | None = None
+    key_valid: torch.Tensor | None = None
+    has_holes: torch.Tensor | None = None
+    dense_mask: torch.Tensor | None = None
+
+    def with_unit_strides(self) -> OperatorTensors:
+        """The same, query, key and value with unit stride in their last dimension."""
+        query, key, value = (unit_stride(tensor) for tensor in self[:3])
+        return self._replace(query=query, key=key, value=value)
+
+
+class Options(NamedTuple):
+    """The numbers among the operator's arguments, as in `entmax_attention`."""
+
+    alpha: float
+    scale: float
+    is_causal: bool
+    sliding_window: int | None
+    softcap: float | None
+
+
+def options_of(call: Call) -> Options:
+    """The options of a call."""
+    masks, scoring = call.masks, call.scoring
+    return Options(scoring.alpha, call.scale, masks.is_causal, masks.sliding_window, scoring.softcap)
+
+
+def problem_of(
+    tensors: OperatorTensors, options: Options, for_backward: bool = True, launcher: Launcher | None = None
+) -> Problem:
+    """The call as the launches see it; the tensors have unit strides."""
     from .common.problem import Problem
 
     query, key, value, slopes, *rest = tensors
     ranges = RowRanges(*rest)
     ranges = ranges._replace(key_valid=_as_bytes(ranges.key_valid), dense_mask=_as_bytes(ranges.dense_mask))
-    options = (alpha, scale, is_causal, sliding_window, softcap)
     return Problem(query, key, value, *options, slopes, ranges, for_backward, launcher)
 
 
@@ -39,25 +73,22 @@ def _as_bytes(mask: torch.Tensor | None) -> torch.Tensor | None:
     return mask if mask is None else mask.view(torch.uint8)
 
 
-def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+def unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy if its last dimension has another stride than 1."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _with_unit_strides(tensors: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The operator's tensors, query, key and value with unit stride in their last dimension."""
-    return (*(_unit_stride(tensor) for tensor in tensors[:3]), *tensors[3:])
+def output_shape(query: torch.Tensor, value: torch.Tensor) -> tuple[int, int, int, int]:
+    """(batch, q_len, heads, value_dim), the shape of what the operators return.
 
-
-def _rows_shape(query: torch.Tensor, value: torch.Tensor) -> tuple[int, int, int, int]:
-    """(batch, q_len, heads, value_dim): of what the operator returns, no view, so that it may be changed in place.
-
-    Heads are next to value_dim, as models merge them afterwards.
+    Heads are next to value_dim, because models merge them afterwards. The output is no view, so that it may be changed
+    in place.
     """
     batch, heads, q_len, _ = query.shape
     return batch, q_len, heads, value.shape[3]
 
 
-# Defined by hand: the wrappers of torch.library.custom_op take the host about 0.1 ms a call.
+# Defined by hand, because the wrappers of torch.library.custom_op cost the host about 0.1 ms a call.
 _library = torch.library.Library("hf_asentmax", "FRAGMENT")
 _inputs = (
     "Tensor query, Tensor key, Tensor value, Tensor? slopes, Tensor? start, Tensor? stop, Tensor? key_valid, "
@@ -72,43 +103,47 @@ _library.define(
     f"entmax_attention_backward(Tensor grad, {_inputs}, Tensor[] state, {_options}) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_INPUTS = 9  # tensors among the arguments, and None where there is none
+_INPUTS = len(OperatorTensors._fields)
 
 
 def _forward(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(output, (batch, q_len, heads, value_dim); tensors of regimes.State, none if no backward pass will follow)"""
+    """(output (batch, q_len, heads, value_dim), tensors of planning.State: none if no backward pass will follow)."""
     from .planning import forward
 
-    tensors, options = _with_unit_strides(arguments[:_INPUTS]), arguments[_INPUTS:]
+    *numbers, for_backward = arguments[_INPUTS:]
+    tensors, options = OperatorTensors(*arguments[:_INPUTS]).with_unit_strides(), Options(*numbers)
 
     def body(launcher: Launcher) -> tuple[torch.Tensor, ...]:
-        problem = _problem(tensors, *options, launcher=launcher)
-        output = launcher.empty(_rows_shape(problem.query, problem.value), problem.query.dtype)
+        problem = problem_of(tensors, options, for_backward, launcher)
+        output = launcher.empty(output_shape(problem.query, problem.value), problem.query.dtype)
         state = forward(problem, output.transpose(1, 2))
-        return output, *(state.tensors() if problem.for_backward else ())
+        return output, *(state.tensors() if for_backward else ())
 
-    output, *state = run("forward", tensors, options, body)
+    output, *state = run("forward", tensors, (*options, for_backward), body)
     return output, state
 
 
 def _forward_of_shapes(*arguments: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
     from .planning import new_state
 
-    problem = _problem(_with_unit_strides(arguments[:_INPUTS]), *arguments[_INPUTS:])
-    state = new_state(problem).tensors() if problem.for_backward else []
-    return problem.query.new_empty(_rows_shape(problem.query, problem.value)), state
+    *numbers, for_backward = arguments[_INPUTS:]
+    tensors = OperatorTensors(*arguments[:_INPUTS]).with_unit_strides()
+    problem = problem_of(tensors, Options(*numbers), for_backward)
+    state = new_state(problem).tensors() if for_backward else []
+    return problem.query.new_empty(output_shape(problem.query, problem.value)), state
 
 
 def _backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), laid out as query, key and value are; grad is as the operator's output."""
+    """(dq, dk, dv), laid out as query, key and value are; grad is laid out as the operator's output."""
     from .planning import State, backward
 
-    tensors = _with_unit_strides(arguments[:_INPUTS])
-    grad = _unit_stride(grad)
-    state, *options = arguments[_INPUTS:]
+    tensors = OperatorTensors(*arguments[:_INPUTS]).with_unit_strides()
+    grad = unit_stride(grad)
+    state, *numbers = arguments[_INPUTS:]
+    options = Options(*numbers)
 
     def body(launcher: Launcher) -> tuple[torch.Tensor, ...]:
-        problem = _problem(tensors, *options, launcher=launcher)
+        problem = problem_of(tensors, options, launcher=launcher)
         return backward(problem, State(*state), grad.transpose(1, 2))
 
     query_grad, key_grad, value_grad = run("backward", (grad, *tensors, *state), options, body)
@@ -116,7 +151,7 @@ def _backward(grad: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.
 
 
 def _backward_of_shapes(_: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.empty_like(_unit_stride(tensor)) for tensor in arguments[:3])
+    return tuple(torch.empty_like(unit_stride(tensor)) for tensor in arguments[:3])
 
 
 class _Attention(torch.autograd.Function):
@@ -159,34 +194,16 @@ torch.library.register_fake("hf_asentmax::entmax_attention", _forward_of_shapes,
 torch.library.register_fake("hf_asentmax::entmax_attention_backward", _backward_of_shapes, lib=_library)
 
 
-def needs_gradient(*tensors: torch.Tensor) -> bool:
-    """Whether a backward pass may follow."""
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+def attention(call: Call) -> torch.Tensor:
+    """A call by the dense, lists and short kernels, where `support.unsupported_reason` gave None.
 
-
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    alpha: float,
-    scale: float,
-    is_causal: bool,
-    attention_mask: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    sliding_window: int | None,
-    key_start: torch.Tensor | None,
-    softcap: float | None,
-) -> torch.Tensor:
-    """entmax_attention by the kernels; the arguments have been checked (see attention.entmax_attention)."""
-    query, key, value = as_autocast(query, key, value)
-    ranges = row_ranges(
-        query.shape[2], key.shape[2], attention_mask=attention_mask, cu_seqlens=cu_seqlens, key_start=key_start
-    )
-    slopes = None if alibi_slopes is None else alibi_slopes.detach().to(torch.float32).contiguous()
-    options = (alpha, scale, is_causal, sliding_window, softcap)
-    for_backward = needs_gradient(query, key, value)
+    Returns:
+        (batch, heads, q_len, value_dim), as `entry.attention`.
+    """
+    query, key, value = as_autocast(call.query, call.key, call.value)
+    slopes = call.scoring.alibi_slopes
+    slopes = None if slopes is None else slopes.detach().to(torch.float32).contiguous()
+    tensors = OperatorTensors(query, key, value, slopes, *row_ranges(query.shape[2], key.shape[2], call.masks))
     operator = torch.ops.hf_asentmax.entmax_attention.default
-    output, _ = operator(query, key, value, slopes, *ranges, *options, for_backward)
+    output, _ = operator(*tensors, *options_of(call), call.needs_gradient)
     return output.transpose(1, 2)

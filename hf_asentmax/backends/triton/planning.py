@@ -1,7 +1,8 @@
-"""Lists or dense tiles: both regimes in one call, the choice made on the device for each block of rows.
+"""Which regime does a call, or each row block of it: short rows, lists, or dense tiles. README.md has an overview.
 
-Long calls go through the sparse regime first. Row blocks with a support too large for its lists are flagged there, and
-the dense regime does exactly these; it does all of them where lists do not pay or cannot be used.
+A long call goes through the lists first. They flag the row blocks whose support is too large for them, and the dense
+regime does exactly these. The choice is made on the device, for each row block. Where lists do not pay or cannot be
+used, the dense regime does all rows of the call.
 """
 
 from __future__ import annotations
@@ -11,33 +12,29 @@ from typing import NamedTuple
 
 import torch
 
+from .common.blocks import KEY_BLOCK, ROW_BLOCK, blocks_of
 from .common.problem import Problem
-from .dense.forward import ACTIVE_ROWS
-from .dense.launch import DenseState, dense_backward, dense_forward, largest_key_norms, new_dense_state
-from .lists.launch import (
-    SparseLists,
-    column_ends,
-    keeps_weights,
-    list_capacity,
-    sparse_backward,
-    sparse_forward,
-    sparse_tiles,
-    sparse_unsupported_reason,
-)
+from .common.state import Gradients, TileState
+from .dense.launch import dense_backward, dense_forward, largest_key_norms
+from .dense.tiles import forward_tiles
+from .lists.device import Lists
+from .lists.launch import column_ends, lists_backward, lists_forward
+from .lists.tiles import keeps_weights, list_capacity, list_tiles, lists_unsupported_reason
+from .short.launch import forward_rows, holds_head, is_short, short_backward, short_forward
 
-__all__ = ["SPARSE_FROM", "State", "backward", "forward", "new_state"]
+__all__ = ["LISTS_FROM", "State", "backward", "forward", "new_state", "regime"]
 
-# Keys from which the sparse regime is tried first. Its lists cost the same for a row at any length; on an H100 they
-# cost as much as they save at about so many keys (recipes/benchmark/NOTES.md).
-SPARSE_FROM = 6144
-# Workspace of the backward pass on lists, in bytes: it does so many heads at a time.
+# Keys from which lists are tried first. Their cost for a row is the same at any length; on an H100 they cost as much as
+# they save at about this many keys (recipes/benchmark/NOTES.md).
+LISTS_FROM = 6144
+# Workspace of the backward pass on lists, in bytes. The pass does as many heads at a time as fit.
 _BACKWARD_BYTES = 112 << 20
 
 
 class State(NamedTuple):
-    """What a call leaves for its backward pass: dense_launch.DenseState and sparse_attention.SparseLists.
+    """What a call leaves for its backward pass: the fields of TileState, and those of the lists where there are lists.
 
-    Without lists where the dense regime does all rows. Of no use where no backward pass will follow.
+    Of no use where no backward pass will follow.
     """
 
     tau: torch.Tensor
@@ -50,53 +47,78 @@ class State(NamedTuple):
     overflow: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
-        """Those that there are; State(*tensors) is the state again, as only the last ones can be missing."""
+        """The tensors that are not None. State(*tensors) is the state again, because only the last can be None."""
         return [tensor for tensor in self if tensor is not None]
 
 
-def _uses_lists(problem: Problem) -> bool:
-    return problem.key.shape[2] >= SPARSE_FROM and sparse_unsupported_reason(problem) is None
+def regime(problem: Problem) -> str:
+    """The regime of a call's forward pass: "short", "lists" (with dense tiles for some row blocks) or "dense"."""
+    if is_short(problem):
+        return "short"
+    long = problem.key.shape[2] >= LISTS_FROM
+    return "lists" if long and lists_unsupported_reason(problem) is None else "dense"
+
+
+def _map_rows(problem: Problem) -> int:
+    """Query rows a block of the block map: those of a tile of the forward pass over tiles."""
+    return forward_rows(problem) if is_short(problem) else forward_tiles(problem).rows
+
+
+def _new_tile_state(problem: Problem) -> TileState:
+    """A state with an empty block map, and memory for the rest."""
+    batch, heads, q_len, _ = problem.query.shape
+    empty = problem.launch.empty
+    tau = empty((batch, heads, q_len), torch.float32)
+    if not problem.for_backward or holds_head(problem):
+        return TileState(tau)
+    blocks = (problem.groups, blocks_of(q_len, _map_rows(problem)), blocks_of(problem.key.shape[2], KEY_BLOCK))
+    block_map = problem.launch.zeros(blocks, torch.uint8)
+    return TileState(tau, empty((batch, heads, q_len, problem.value.shape[3]), problem.query.dtype), block_map)
 
 
 def new_state(problem: Problem) -> State:
-    """A state of the right shapes, as a forward pass without values (for tracing)."""
+    """A state of the right shapes, for tracing a forward pass without values."""
     query = problem.query
-    dense = new_dense_state(problem, for_backward=problem.for_backward)
-    if not _uses_lists(problem):
-        return State(*dense)
+    tile_state = _new_tile_state(problem)
+    if regime(problem) != "lists":
+        return State(*tile_state)
     q_len = query.shape[2]
-    capacity = list_capacity(problem, sparse_tiles(query.dtype, query.shape[3]))
+    capacity = list_capacity(problem, list_tiles(query.dtype, query.shape[3]))
     empty = problem.launch.empty
     listed = empty((problem.groups, capacity), torch.int32)
     offsets, counts = (empty((problem.groups, q_len), torch.int32) for _ in range(2))
     batch, kv_heads, kv_len, _ = problem.key.shape
     columns = (batch * kv_heads, kv_len) if keeps_weights(problem) else (0,)
-    overflow = empty((problem.groups, -(-q_len // ACTIVE_ROWS)), torch.uint8)
-    return State(*dense, listed, offsets, counts, empty(columns, torch.int32), overflow)
+    overflow = empty((problem.groups, blocks_of(q_len, ROW_BLOCK)), torch.uint8)
+    return State(*tile_state, listed, offsets, counts, empty(columns, torch.int32), overflow)
 
 
 def forward(problem: Problem, output: torch.Tensor) -> State:
     """Writes output (batch, heads, q_len, value_dim); returns what the backward pass needs."""
-    dense = new_dense_state(problem, for_backward=problem.for_backward)
-    if not _uses_lists(problem):
-        dense_forward(problem, output, dense)
-        return State(*dense)
-    largest_key = largest_key_norms(problem)
-    lists = sparse_forward(problem, output, dense.tau, dense.mean_value, largest_key)
-    dense_forward(problem, output, dense, active=lists.overflow, largest_key=largest_key)
-    return State(*dense, *lists)
+    tile_state = _new_tile_state(problem)
+    chosen = regime(problem)
+    if chosen == "short":
+        short_forward(problem, output, tile_state)
+    elif chosen == "dense":
+        dense_forward(problem, output, tile_state)
+    else:
+        largest_key = largest_key_norms(problem)
+        lists = lists_forward(problem, output, tile_state.tau, tile_state.mean_value, largest_key)
+        dense_forward(problem, output, tile_state, active=lists.overflow, largest_key=largest_key)
+        return State(*tile_state, *lists)
+    return State(*tile_state)
 
 
 def _parts(problem: Problem, capacity: int) -> Iterator[tuple[slice, slice, slice]]:
     """(batch entries, query heads, key heads) of parts of a call whose workspace fits into _BACKWARD_BYTES.
 
-    Either of several batch entries with all their heads, or of heads of one: contiguous in (batch, heads).
+    A part is several batch entries with all their heads, or some heads of one entry: contiguous in (batch, heads).
     """
     batch, kv_heads = problem.key.shape[:2]
     members = problem.query.shape[1] // kv_heads
-    a_head = 8 * members * capacity
-    entries = max(1, _BACKWARD_BYTES // (a_head * kv_heads))
-    kv_at_once = kv_heads if entries > 1 else max(1, min(kv_heads, _BACKWARD_BYTES // a_head))
+    head_bytes = 8 * members * capacity
+    entries = max(1, _BACKWARD_BYTES // (head_bytes * kv_heads))
+    kv_at_once = kv_heads if entries > 1 else max(1, min(kv_heads, _BACKWARD_BYTES // head_bytes))
     for entry in range(0, batch, entries):
         for head in range(0, kv_heads, kv_at_once):
             last = min(head + kv_at_once, kv_heads)
@@ -106,20 +128,26 @@ def _parts(problem: Problem, capacity: int) -> Iterator[tuple[slice, slice, slic
 def backward(problem: Problem, state: State, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(dq, dk, dv), laid out as query, key and value are; grad has unit stride in the last dimension.
 
-    dk and dv of the lists are summed in an order that changes from run to run in the last bits, unless
-    torch.use_deterministic_algorithms asks for the slower way.
+    Lists sum dk and dv in an order that changes the last bits from run to run, unless
+    torch.use_deterministic_algorithms asks for the slower, deterministic sums.
     """
-    query_grad, key_grad, value_grad = (
-        problem.launch.empty_like(t) for t in (problem.query, problem.key, problem.value)
-    )
-    tau, mean_value, block_map, *kept = state
-    all_lists = [tensor for tensor in kept if tensor is not None]
-    if not all_lists:
-        dense_backward(problem, DenseState(tau, mean_value, block_map), grad, query_grad, key_grad, value_grad)
-        return query_grad, key_grad, value_grad
-    assert mean_value is not None and block_map is not None
-    listed, offsets, counts, column_counts, overflow = all_lists
-    deterministic = torch.are_deterministic_algorithms_enabled()
+    gradients = Gradients(grad, *(problem.launch.empty_like(t) for t in (problem.query, problem.key, problem.value)))
+    tile_state = TileState(*state[:3])
+    # What the forward pass kept decides here, so that a constant that changes in between changes nothing.
+    if state.listed is not None:
+        _lists_backward(problem, state, gradients)
+    elif tile_state.block_map is None:
+        short_backward(problem, tile_state, gradients)
+    else:
+        dense_backward(problem, tile_state, gradients, _map_rows(problem))
+    return gradients.query, gradients.key, gradients.value
+
+
+def _lists_backward(problem: Problem, state: State, gradients: Gradients) -> None:
+    """The backward pass of a call whose forward pass made lists; the dense regime does the row blocks without."""
+    tau, mean_value, block_map, listed, offsets, counts, column_counts, overflow = state
+    assert mean_value is not None and block_map is not None and listed is not None and offsets is not None
+    assert counts is not None and column_counts is not None and overflow is not None
     heads, kv_heads = problem.query.shape[1], problem.key.shape[1]
     ends = column_counts
     if ends.numel():
@@ -129,22 +157,21 @@ def backward(problem: Problem, state: State, grad: torch.Tensor) -> tuple[torch.
         first, first_kv = entries.start * heads + query_heads.start, entries.start * kv_heads + key_heads.start
         groups = slice(first, first + part.groups)
         kv_groups = slice(first_kv, first_kv + part.key.shape[0] * part.key.shape[1])
-        dense = DenseState(tau[entries, query_heads], mean_value[entries, query_heads], block_map[groups])
-        lists = SparseLists(
+        tiles = TileState(tau[entries, query_heads], mean_value[entries, query_heads], block_map[groups])
+        lists = Lists(
             listed[groups], offsets[groups], counts[groups], column_counts[kv_groups], overflow[groups]
         )  # fmt: skip
-        gradients = (
-            grad[entries, query_heads], query_grad[entries, query_heads], key_grad[entries, key_heads],
-            value_grad[entries, key_heads],
+        part_gradients = Gradients(
+            gradients.output[entries, query_heads], gradients.query[entries, query_heads],
+            gradients.key[entries, key_heads], gradients.value[entries, key_heads],
         )  # fmt: skip
-        sparse_backward(
+        lists_backward(
             part,
-            tau[entries, query_heads],
+            tiles.tau,
             mean_value[entries, query_heads],
             lists,
-            *gradients,
+            part_gradients,
             ends[kv_groups],
-            deterministic=deterministic,
+            deterministic=torch.are_deterministic_algorithms_enabled(),
         )
-        dense_backward(part, dense, *gradients, active=lists.overflow)
-    return query_grad, key_grad, value_grad
+        dense_backward(part, tiles, part_gradients, _map_rows(part), active=overflow[groups])

@@ -1,10 +1,10 @@
-"""The products of two tensors' rows, as one kernel and one operator: what a factor on each query's row gets back.
+"""The products of two tensors' rows as an operator. They are the gradients of a factor on each query's row.
 
-torch.compile would write the sum itself, and its code for that is not to be trusted: where it pads the strides of the
-sum's result (heads x length above 1,024 that 32 does not divide), torch 2.11 writes one layout and reads another,
-beyond the tensor's end (https://github.com/pytorch/pytorch/issues/194281 is the same defect, mended in later releases).
-Gradients of length scalings, and of all layers below, were 10^6 times too large and more, and different each
-time. An operator's result has the strides that it says.
+torch.compile would otherwise generate this sum, and torch 2.11 generates it wrongly. Where it pads the strides of the
+result (heads * length above 1,024 that 32 does not divide), it writes one layout and reads another, beyond the tensor's
+end. https://github.com/pytorch/pytorch/issues/194281 is the same defect, which later releases mend. The gradients of
+length scalings and of all layers below were at least 10^6 times too large, and different in each run. An operator's
+result has the strides that it declares.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from .common.launching import Launcher, run
-from .entry import unsupported_device_reason
+from .support import unsupported_device_reason
 
 __all__ = ["row_products"]
 
@@ -32,10 +32,10 @@ def _plain(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def _on_gpu(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if _wide(a, b) == torch.float64 or unsupported_device_reason(a.device) is not None:
         return _plain(a, b)
-    from .common.row_products_kernel import launch
-    from .operators import _unit_stride
+    from .operators import unit_stride
+    from .row_products_kernel import launch
 
-    rows = [_unit_stride(tensor) for tensor in (a, b)]
+    rows = [unit_stride(tensor) for tensor in (a, b)]
 
     def body(launcher: Launcher) -> tuple[torch.Tensor]:
         return (launch(launcher, *rows),)

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from hf_asentmax.backends.triton.common import row_products_kernel
+from hf_asentmax.backends.triton import row_products_kernel
 from hf_asentmax.backends.triton.common.launching import Launcher
 from hf_asentmax.backends.triton.decode import launch as decode_launch
 

@@ -138,7 +138,7 @@ def decoded() -> None:
     again("decode", lambda inputs: [triton_attention(*inputs, alpha=1.5, scale=0.1, is_causal=True)], make)
 
 
-trained(100, 32, name="single")
+trained(100, 32, name="head")
 trained(100, 32, offset=3, name="odd-alignment")
 trained(100, 32, fused=True, name="fused")
 trained(200, 32, name="short")

@@ -59,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     for case in SMALL_CASES[::share]:
         trained(case, device, tensors(case, device))
         ran += 1
-    with patch.object(planning, "SPARSE_FROM", 128):
+    with patch.object(planning, "LISTS_FROM", 128):
         for deterministic in (False, True):
             torch.use_deterministic_algorithms(deterministic)
             for case in LISTS:

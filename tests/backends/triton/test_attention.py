@@ -14,6 +14,8 @@ GPU_ONLY = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
 ]
+# The largest for the interpreter; the other cases have forward and backward passes and masks of every regime too.
+SLOW = {"dense-alibi", "dense-alibi-full", "dense-free-all", "dense-grouped", "dense-half-guess", "dense-half-uniform"}
 
 
 def check(case: Case, device: str) -> None:
@@ -33,7 +35,10 @@ def check(case: Case, device: str) -> None:
         assert_close(f"{case.name}: {name}", mine, reference, tolerance * (1 if name == "output" else 2))
 
 
-@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.name, marks=[pytest.mark.slow] * (case.name in SLOW)) for case in SMALL_CASES],
+)
 def test_small(case: Case, device: str) -> None:
     check(case, device)
 

@@ -17,6 +17,7 @@ from hf_asentmax.backends.triton.decode import launch as decode_launch
 from hf_asentmax.backends.triton.decode import operator as decode_op
 from hf_asentmax.backends.triton.decode.launch import DecodeTiles
 
+from calls import call_of
 from kernel_cases import TOLERANCES, Case, options, tensors
 from reference import assert_close
 
@@ -29,7 +30,7 @@ SMALL = [
     Case("grouped", q_len=1, kv_len=401, heads=4, kv_heads=2),
     Case("one-key-head", q_len=1, kv_len=260, heads=20, kv_heads=1, head_dim=16),
     Case("few-queries", q_len=5, kv_len=300, heads=6, kv_heads=2, head_dim=24, value_dim=40, strided=True),
-    Case("sixteen-queries", q_len=16, kv_len=290, heads=5, kv_heads=1, head_dim=16),
+    Case("sixteen-queries", q_len=16, kv_len=290, heads=3, kv_heads=1, head_dim=16),
     Case("half", q_len=2, kv_len=385, heads=4, kv_heads=2, dtype=_F16),
     Case("half-near-uniform", q_len=1, kv_len=900, kind="near-uniform", dtype=_F16),
     Case("near-uniform", q_len=1, kv_len=1300, kind="near-uniform"),
@@ -89,7 +90,7 @@ def _gpu_cases() -> list[Case]:
 def check(case: Case, device: str) -> None:
     query, key, value, _ = tensors(case, device)
     settings = options(case, device)
-    assert decode_op.decodes(query, key, value, None)
+    assert decode_op.decodes(call_of(query, key, value))
     actual = entmax_attention(query, key, value, backend="triton", **settings)
     expected = entmax_attention(query.double(), key.double(), value.double(), backend="eager", **settings)
     tolerance = max(TOLERANCES[case.dtype], 5e-4 if case.kind == "huge" else 0.0)
@@ -115,7 +116,7 @@ def decoded(
     key_norm_bound: torch.Tensor | None = None,
     **changes: int,
 ) -> torch.Tensor:
-    """The kernels with some sizes other than those of decode_tiles."""
+    """Output of the kernels with some sizes other than those of decode_tiles."""
     ranges = RowRanges(None, None, None, None, None)
     problem = Problem(query, key, value, 1.5, query.shape[3] ** -0.5, True, None, None, slopes, ranges)
     output = torch.full((*query.shape[:3], value.shape[3]), 7.0, dtype=query.dtype, device=query.device)
@@ -126,23 +127,29 @@ def decoded(
 
 @pytest.mark.parametrize("kind", ["random", "near-uniform"])
 def test_any_number_of_splits_gives_the_same_bits(kind: str, device: str) -> None:
-    case = Case("splits", q_len=2, kv_len=777, heads=4, kv_heads=2, head_dim=16, kind=kind)
+    case = Case("splits", q_len=2, kv_len=529, heads=2, kv_heads=1, head_dim=16, kind=kind)
     query, key, value, _ = tensors(case, device)
     first = decoded(query, key, value, tiles=1)
-    for tiles in (2, 4, 8, 16, 32):
+    for tiles in (2, 8, 32):
         assert torch.equal(decoded(query, key, value, tiles=tiles), first)
     assert torch.equal(decoded(query, key, value, tiles=1), first)
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"parts": 1}, {"parts": 5, "values": 16}, {"keys": 16}, {"output_warps": 8, "values": 128}],
+    ("changes", "kind"),
+    [
+        ({"parts": 1}, "random"),
+        ({"parts": 1}, "near-uniform"),
+        ({"parts": 5, "values": 16}, "near-uniform"),
+        ({"parts": 5, "values": 16}, "equal"),
+        ({"keys": 16}, "random"),
+        ({"output_warps": 8, "values": 128}, "near-uniform"),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("kind", ["random", "near-uniform", "equal"])
 def test_sizes(changes: dict[str, int], kind: str, device: str) -> None:
-    """Few or many programs a row, small and large tiles."""
-    case = Case("sizes", q_len=1, kv_len=1500, head_dim=16, kind=kind)
+    """Few or many programs for a row, small and large tiles."""
+    case = Case("sizes", q_len=1, kv_len=1000, head_dim=16, kind=kind)
     query, key, value, _ = tensors(case, device)
     slopes = torch.tensor([0.01, 0.0], device=device)
     expected = entmax_attention(
@@ -151,13 +158,19 @@ def test_sizes(changes: dict[str, int], kind: str, device: str) -> None:
     assert_close("output", decoded(query, key, value, slopes=slopes, **changes), expected, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["random", "near-uniform", "equal"])
-@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(
+    ("parts", "kind"),
+    [
+        (1, "random"),
+        pytest.param(3, "near-uniform", marks=pytest.mark.slow),
+        pytest.param(3, "equal", marks=pytest.mark.slow),
+    ],
+)
 def test_rows_left_to_the_third_kernel(parts: int, kind: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a long cache: rows with many candidates beside others (the sharp one) in the same call."""
     monkeypatch.setattr(decode_launch, "_SHORT_TILES", 16)
     monkeypatch.setattr(decode_launch, "_MOST_TILES_LISTED", 8)
-    query, key, value, _ = tensors(Case("flat", q_len=2, kv_len=1500, heads=4, kv_heads=2, kind=kind), device)
+    query, key, value, _ = tensors(Case("flat", q_len=2, kv_len=1200, heads=4, kv_heads=2, kind=kind), device)
     query[:, 0] *= 50
     slopes = torch.tensor([0.0, 0.01, 0.0, 0.002], device=device)
     expected = entmax_attention(
@@ -169,7 +182,7 @@ def test_rows_left_to_the_third_kernel(parts: int, kind: str, device: str, monke
 
 
 def test_more_tiles_than_are_looked_at_together(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    query, key, value, _ = tensors(Case("chunks", q_len=2, kv_len=1000, head_dim=16, alibi=True), device)
+    query, key, value, _ = tensors(Case("chunks", q_len=1, kv_len=500, head_dim=16, alibi=True), device)
     slopes = torch.tensor([0.01, 0.0], device=device)
     expected = decoded(query, key, value, slopes=slopes, keys=16)
     monkeypatch.setattr(decode_launch, "_MOST_TILES_AT_ONCE", 16)
@@ -187,7 +200,7 @@ def test_values_without_weight_are_not_read(device: str) -> None:
 
 @pytest.mark.parametrize(("static", "q_len"), [(False, 2), (True, 2), (True, 1)])
 def test_keys_out_of_an_alibi_heads_reach_are_not_read(static: bool, q_len: int, device: str) -> None:
-    """With a bound on the keys' norms. What is read would show: it is no number."""
+    """With a bound on the keys' norms. The keys out of reach are NaN, so that reading them would show."""
     query, key, value, _ = tensors(Case("reach", q_len=q_len, kv_len=900, heads=4, kv_heads=2, head_dim=16), device)
     slopes = torch.tensor([1.0, 0.5, 0.25, 0.2], device=device)
     mask, filled = None, 900
@@ -218,16 +231,17 @@ def test_keys_out_of_an_alibi_heads_reach_are_not_read(static: bool, q_len: int,
     assert_close("output", actual, expected, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("q_len", [1, 2])
 def test_short_spans_in_a_long_cache(q_len: int, device: str) -> None:
-    """ALiBi heads that see a few of 625 tiles (with a bound on the keys' norms) beside heads that see them all."""
-    query, key, value, _ = tensors(Case("spans", q_len=q_len, kv_len=40_000, heads=4, kv_heads=2, head_dim=16), device)
-    slopes = torch.tensor([1.0, 0.05, 0.0, 0.0], device=device)
+    """An ALiBi head that sees a few of 516 tiles (with a bound on the keys' norms) beside a head that sees them all."""
+    query, key, value, _ = tensors(Case("spans", q_len=q_len, kv_len=33_000, heads=2, head_dim=16), device)
+    slopes = torch.tensor([0.05, 0.0], device=device)
     expected = entmax_attention(
         query.double(), key.double(), value.double(), backend="eager", alibi_slopes=slopes.double()
     )
     bound = key.norm(dim=-1).amax(-1)
-    key[:, 0, :-4096] = float("nan")  # of the heads with ALiBi
+    key[:, 0, :-4096] = float("nan")  # of the head with ALiBi
     actual = entmax_attention(query, key, value, backend="triton", alibi_slopes=slopes, key_norm_bound=bound)
     assert_close("output", actual, expected, 1e-5)
 
@@ -281,11 +295,11 @@ def test_a_window_wider_than_32_bits_count_hides_nothing(device: str) -> None:
 
 
 def test_each_step_equals_the_full_forward(device: str) -> None:
-    case = Case("steps", q_len=300, heads=4, kv_heads=2, head_dim=16, dtype=_F16, alibi=True)
+    case = Case("steps", q_len=290, heads=2, kv_heads=1, head_dim=16, dtype=_F16, alibi=True)
     query, key, value, _ = tensors(case, device)
     settings = options(case, device)
     full = entmax_attention(query, key, value, backend="triton", **settings)
-    for first, last in ((257, 258), (270, 274), (284, 300)):
+    for first, last in ((257, 258), (274, 290)):
         seen = slice(0, last)
         part = entmax_attention(
             query[:, :, first:last], key[:, :, seen], value[:, :, seen], backend="triton", **settings
@@ -295,13 +309,15 @@ def test_each_step_equals_the_full_forward(device: str) -> None:
 
 def test_calls_with_gradients_and_others_take_the_other_way(device: str) -> None:
     query, key, value, _ = tensors(Case("route", q_len=2, kv_len=300, head_dim=16), device)
-    assert decode_op.decodes(query, key, value, None)
-    assert not decode_op.decodes(query, key[:, :, : decode_op.DECODE_FROM], value[:, :, : decode_op.DECODE_FROM], None)
-    assert not decode_op.decodes(query.expand(-1, -1, -1, -1).repeat(1, 1, 20, 1), key, value, None)
+    assert decode_op.decodes(call_of(query, key, value))
+    assert not decode_op.decodes(
+        call_of(query, key[:, :, : decode_op.DECODE_FROM], value[:, :, : decode_op.DECODE_FROM])
+    )
+    assert not decode_op.decodes(call_of(query.repeat(1, 1, 20, 1), key, value))
     query.requires_grad_()
-    assert not decode_op.decodes(query, key, value, None)
+    assert not decode_op.decodes(call_of(query, key, value))
     with torch.no_grad():
-        assert decode_op.decodes(query, key, value, None)
+        assert decode_op.decodes(call_of(query, key, value))
 
 
 def test_the_operator_passes_opcheck(device: str) -> None:

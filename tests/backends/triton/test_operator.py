@@ -1,4 +1,4 @@
-"""The kernels as a PyTorch operator: compiled graphs, determinism, CUDA graphs, zeros, and what is refused."""
+"""The kernels as a PyTorch operator: compiled graphs, CUDA graphs, zeros, and which calls are refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reference import assert_close
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 REGIMES = [
-    Case("single", q_len=40),
+    Case("head", q_len=40),
     Case("short", q_len=150, head_dim=16, dtype=torch.float16),
     Case("dense", q_len=140, heads=1),
 ]
@@ -26,12 +26,6 @@ def attend(case: Case, device: str, **more: object) -> list[torch.Tensor]:
     leaves = [tensor.requires_grad_() for tensor in inputs]
     output = entmax_attention(*leaves, backend="triton", **options(case, device), **more)
     return [output, *torch.autograd.grad(output, leaves, grad)]
-
-
-@pytest.mark.parametrize("case", REGIMES, ids=lambda case: case.name)
-def test_two_runs_are_equal_bit_by_bit(case: Case, device: str) -> None:
-    for first, second in zip(attend(case, device), attend(case, device), strict=True):
-        assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("kind", ["random", "sharp", "near-uniform", "one"])

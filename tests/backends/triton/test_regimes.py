@@ -24,7 +24,7 @@ def check_mixed(case: Case, device: str) -> torch.Tensor:
     from hf_asentmax.backends.triton import planning
 
     flags = []
-    plain = planning.sparse_forward
+    plain = planning.lists_forward
 
     def recording(*args: object, **more: object) -> object:
         lists = plain(*args, **more)  # type: ignore[arg-type]
@@ -33,7 +33,7 @@ def check_mixed(case: Case, device: str) -> torch.Tensor:
         assert [(t.shape, t.dtype) for t in traced[3:]] == [(t.shape, t.dtype) for t in lists]  # type: ignore[attr-defined]
         return lists
 
-    planning.sparse_forward = recording  # type: ignore[assignment]
+    planning.lists_forward = recording  # type: ignore[assignment]
     try:
         *inputs, grad = mixed(case, device)
         settings = options(case, device)
@@ -41,7 +41,7 @@ def check_mixed(case: Case, device: str) -> torch.Tensor:
         output = entmax_attention(*leaves, backend="triton", **settings)
         results = [output, *torch.autograd.grad(output, leaves, grad)]
     finally:
-        planning.sparse_forward = plain
+        planning.lists_forward = plain
     expected = definition(inputs, grad, settings)
     for name, mine, exact in zip(("output", "dq", "dk", "dv"), results, expected, strict=True):
         assert_close(name, mine, exact, TOLERANCES[case.dtype] * (1 if name == "output" else 2))
@@ -54,27 +54,28 @@ def check_mixed(case: Case, device: str) -> torch.Tensor:
 def test_both_regimes_in_one_call(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_asentmax.backends.triton import planning
 
-    monkeypatch.setattr(planning, "SPARSE_FROM", 128)
+    monkeypatch.setattr(planning, "LISTS_FROM", 128)
     flags = check_mixed(Case("mixed", q_len=256, kv_len=290, heads=1, head_dim=16), device)
     assert flags.any() and not flags.all()
 
 
+@pytest.mark.slow
 def test_the_backward_pass_follows_the_forward_pass(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another choice in between changes nothing: what the forward pass kept decides."""
     from hf_asentmax.backends.triton import planning
     from hf_asentmax.backends.triton.common import launching
 
-    monkeypatch.setattr(planning, "SPARSE_FROM", 128)
+    monkeypatch.setattr(planning, "LISTS_FROM", 128)
     *inputs, grad = mixed(Case("mixed", q_len=256, kv_len=290, heads=1, head_dim=16), device)
     leaves = [tensor.requires_grad_() for tensor in inputs]
     on = entmax_attention(*leaves, backend="triton")
     expected = torch.autograd.grad(on, leaves, grad, retain_graph=True)
-    monkeypatch.setattr(planning, "SPARSE_FROM", 1024)
+    monkeypatch.setattr(planning, "LISTS_FROM", 1024)
     for name, mine, wanted in zip(("dq", "dk", "dv"), torch.autograd.grad(on, leaves, grad), expected, strict=True):
         assert_close(name, mine, wanted, 1e-6)
     launching.forget()
     off = entmax_attention(*leaves, backend="triton")
-    monkeypatch.setattr(planning, "SPARSE_FROM", 128)
+    monkeypatch.setattr(planning, "LISTS_FROM", 128)
     for name, mine, wanted in zip(("dq", "dk", "dv"), torch.autograd.grad(off, leaves, grad), expected, strict=True):
         assert_close(name, mine, wanted, 1e-5)
 
@@ -96,7 +97,7 @@ def test_the_backward_pass_follows_the_forward_pass(device: str, monkeypatch: py
 def test_both_regimes_on_gpu(case: Case, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_asentmax.backends.triton import planning
 
-    monkeypatch.setattr(planning, "SPARSE_FROM", 2048)
+    monkeypatch.setattr(planning, "LISTS_FROM", 2048)
     torch.use_deterministic_algorithms(deterministic)
     try:
         flags = check_mixed(case, "cuda")

@@ -23,7 +23,7 @@ def products(device: str) -> Any:
     """The operator on a GPU (the third time that it is called: conftest); else its kernel in the interpreter."""
     if device == "cuda":
         return row_products.row_products
-    from hf_asentmax.backends.triton.common.row_products_kernel import launch
+    from hf_asentmax.backends.triton.row_products_kernel import launch
 
     return lambda a, b: launch(launching.Launcher(torch.device(device)), a, b)
 

@@ -1,10 +1,14 @@
-"""What every kernel shares: which keys a row sees, how a product becomes a score, and the two powers of alpha-entmax.
+"""What the kernels share: their arguments' groups, visible keys, scores, and the two powers of alpha-entmax.
 
-Scores are kept multiplied by alpha - 1 throughout, so that a weight is
+Kernels keep scores multiplied by alpha - 1, u = (alpha - 1) z. A weight is then
 
-    p = r^(1/(alpha-1)),   s = p^(2-alpha) = p / r,   r = [(alpha-1) z - tau]_+
+    p = r^(1/(alpha-1)),   s = p^(2-alpha) = p / r,   r = [u - tau]_+
 
-where s is the derivative that the backward pass needs (Peters, Niculae & Martins 2019): dz = s (dp - sum(s dp)/sum(s)).
+The backward pass needs s: dz = s (dp - sum(s dp) / sum(s)) (Peters, Niculae & Martins 2019).
+
+Groups of arguments are NamedTuples. A group that a kernel builds holds no compile-time constants, because Triton turns
+them into run-time values on assignment. No field may be called `values` or `type`, which are names of Triton's own
+tuples. Groups of tensors are flat: launching.py looks for tensors one level deep.
 """
 
 from __future__ import annotations
@@ -15,20 +19,33 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "Masks",
+    "BLOCK_FULL",
+    "BLOCK_MASKED",
+    "Dims",
+    "KernelMasks",
+    "KernelScoring",
+    "Lengths",
+    "QueryTile",
     "Rows",
-    "Scoring",
     "entmax_norm",
     "excess_over",
+    "head_slope",
     "load_rows",
     "newton_step",
     "products_to_scores",
     "score_derivative",
     "store_rows",
     "support_powers",
+    "tile_scores",
+    "tile_sees",
     "visible_interval",
     "visible_pairs",
 ]
+
+
+# Kinds of blocks in the block map, besides 0: no key of the block has a weight in these rows.
+BLOCK_FULL = tl.constexpr(1)  # all of the rows see all keys of the block
+BLOCK_MASKED = tl.constexpr(2)  # some of the rows see some of the keys
 
 
 class Rows(NamedTuple):
@@ -40,14 +57,42 @@ class Rows(NamedTuple):
     row: Any
 
 
-class Masks(NamedTuple):
-    """Row ranges (see row_ranges.RowRanges) as kernel arguments; what is None is compiled away."""
+class Lengths(NamedTuple):
+    """Query heads, key heads, queries and keys of a call: ints."""
 
-    causal: Any  # constexpr bool
-    window: Any  # int or None
+    heads: Any
+    kv_heads: Any
+    q_len: Any
+    kv_len: Any
+
+
+class Dims(NamedTuple):
+    """head_dim and value_dim as compile-time constants; D and DV are the powers of two that hold them."""
+
+    D: Any
+    HEAD_DIM: Any
+    DV: Any
+    VALUE_DIM: Any
+
+
+class KernelMasks(NamedTuple):
+    """A call's masks as kernels read them, see row_ranges.RowRanges. What is None is compiled away.
+
+    Attributes:
+        causal: constexpr bool.
+        window: int or None, the sliding window.
+        start, stop: (batch or 1, q_len) int32, the interval of keys that a row may see.
+        range_batch: stride of start and stop over the batch; 0 where they have one row for the whole batch.
+        key_valid: (batch, kv_len) uint8, 0 for padding.
+        has_holes: (batch,) int32, 1 where key_valid has to be read inside of the intervals.
+        dense: (batch, 1 or heads, q_len, kv_len) uint8, the 4D mask, with its four strides.
+    """
+
+    causal: Any
+    window: Any
     start: Any
     stop: Any
-    range_batch: Any  # stride of start and stop over the batch, 0 where they have one row of the batch
+    range_batch: Any
     key_valid: Any
     has_holes: Any
     dense: Any
@@ -57,15 +102,15 @@ class Masks(NamedTuple):
     dense_key: Any
 
 
-class Scoring(NamedTuple):
-    """How scores and weights are made.
+class KernelScoring(NamedTuple):
+    """How kernels make scores of products, and weights of scores.
 
     Attributes:
-        scale: (alpha - 1) x the caller's scale, or the plain scale where softcap is given.
+        scale: (alpha - 1) times the caller's scale, or the caller's scale where softcap is given.
         softcap: c of c tanh(x / c), or None.
-        after_cap: alpha - 1 (used with softcap only).
+        after_cap: alpha - 1; None without softcap.
         slopes: (heads,) float32 ALiBi slopes, or None.
-        slope_factor: alpha - 1.
+        slope_factor: alpha - 1; None without slopes.
         exponent: constexpr, 1 / (alpha - 1): 2 for alpha = 1.5 and 1 for alpha = 2 have code of their own.
     """
 
@@ -77,11 +122,34 @@ class Scoring(NamedTuple):
     exponent: Any
 
 
+class QueryTile(NamedTuple):
+    """The query rows that a program works on.
+
+    Attributes:
+        batch, head, kv_head: which batch entry, query head and key head; ints.
+        rows: (rows,) int32, their numbers.
+        start, stop: (rows,) int32, the interval of keys that each may see, see `visible_interval`.
+        position: (rows,) float32, their positions, counted from key `base`.
+        base: int, the key that positions are counted from, so that float32 holds the distances within a tile exactly.
+        slope: ALiBi's slope of the head times alpha - 1; 0 without ALiBi.
+    """
+
+    batch: Any
+    head: Any
+    kv_head: Any
+    rows: Any
+    start: Any
+    stop: Any
+    position: Any
+    base: Any
+    slope: Any
+
+
 @triton.jit
 def visible_interval(masks, batch, rows, q_len, kv_len):
-    """(start, stop) int32 of the keys that each row may see, start >= 0 and stop <= kv_len.
+    """(start, stop) int32: each row sees at most the keys start <= j < stop, with start >= 0 and stop <= kv_len.
 
-    start >= stop for rows that see none or do not exist.
+    Rows that see no key and rows that do not exist have start >= stop.
     """
     position = rows + (kv_len - q_len)
     start = rows * 0
@@ -99,13 +167,25 @@ def visible_interval(masks, batch, rows, q_len, kv_len):
 
 
 @triton.jit
+def head_slope(scoring, head):
+    """ALiBi's slope of a head times alpha - 1; 0 without ALiBi."""
+    slope = 0.0
+    if scoring.slopes is not None:
+        slope = tl.load(scoring.slopes + head) * scoring.slope_factor
+    return slope
+
+
+@triton.jit
 def visible_pairs(
     masks, batch, head, rows, keys, start, stop, q_len, kv_len, KEYS_FIRST: tl.constexpr = False
 ):  # fmt: skip
-    """bool (rows, keys), or (keys, rows) if KEYS_FIRST: does the row see the key?
+    """Whether each row sees each key: bool (rows, keys), or (keys, rows) if KEYS_FIRST.
 
-    rows, start and stop have one axis, as has keys >= 0; head is one number, or expanded as rows are in the result.
-    start and stop are visible_interval's: where nothing but causality limits the rows, start is 0 and is not looked at.
+    Args:
+        head: one number, or expanded as rows are in the result.
+        rows, keys: one axis each; keys >= 0.
+        start, stop: what `visible_interval` gave for the rows. Where only causality limits the rows, start is 0 and is
+            not compared.
     """
     KEYS_AT: tl.constexpr = 1 if KEYS_FIRST else 0
     key = tl.expand_dims(keys, KEYS_AT)
@@ -113,7 +193,7 @@ def visible_pairs(
     if (masks.window is not None) or (masks.start is not None):
         visible = visible & (key >= tl.expand_dims(start, 1 - KEYS_AT))
     if masks.key_valid is not None:
-        # Loaded with one axis: with two, Triton (3.6) gives all scores the layout of this load
+        # Loaded with one axis: with two axes, Triton (3.6) gives all scores the layout of this load
         valid = tl.load(masks.key_valid + batch.to(tl.int64) * kv_len + keys, mask=keys < kv_len, other=0)
         visible = visible & tl.expand_dims(valid != 0, KEYS_AT)
     if masks.dense is not None:
@@ -121,7 +201,8 @@ def visible_pairs(
         offset = batch.to(tl.int64) * masks.dense_batch + head.to(tl.int64) * masks.dense_head
         offset += row.to(tl.int64) * masks.dense_row + key.to(tl.int64) * masks.dense_key
         shown = tl.load(masks.dense + offset, mask=visible & (row < q_len), other=0) != 0
-        # Through an empty product, which gives it the layout of scores; without, Triton lays out the scores by the load
+        # Adding a product of zeros gives the mask the layout of the scores. Otherwise Triton lays out the scores as the
+        # mask was loaded, which makes three to five times as much code.
         nothing = tl.zeros([shown.shape[0], 16], tl.bfloat16), tl.zeros([16, shown.shape[1]], tl.bfloat16)
         visible = visible & (tl.dot(nothing[0], nothing[1], shown.to(tl.float32)) > 0.5)
     return visible
@@ -160,7 +241,7 @@ def store_rows(rows, batch, head, first, values, length, D: tl.constexpr, HEAD_D
 
 @triton.jit
 def products_to_scores(product, scoring, slope, row_position, key_position):
-    """(alpha - 1) (softcap(scale q k) - slope |i - j|) from q k; positions are float32, relative to the same key."""
+    """u = (alpha - 1) (softcap(scale q k) - slope |i - j|) of q k; positions are float32, counted from the same key."""
     if scoring.softcap is not None:
         # tanh(x) = 2 sigmoid(2x) - 1
         capped = 2.0 / (1.0 + tl.exp(-2.0 * (product * scoring.scale / scoring.softcap))) - 1.0
@@ -173,6 +254,22 @@ def products_to_scores(product, scoring, slope, row_position, key_position):
 
 
 @triton.jit
+def tile_scores(product, scoring, tile, keys):
+    """u (rows, keys) of a QueryTile's rows and some keys, from their products; nothing is masked."""
+    return products_to_scores(
+        product, scoring, tile.slope, tile.position[:, None], (keys - tile.base).to(tl.float32)[None, :]
+    )
+
+
+@triton.jit
+def tile_sees(masks, tile, keys, lengths):
+    """bool (rows, keys): whether each row of a QueryTile sees each key, keys >= 0."""
+    return visible_pairs(
+        masks, tile.batch, tile.head, tile.rows, keys, tile.start, tile.stop, lengths.q_len, lengths.kv_len
+    )
+
+
+@triton.jit
 def score_derivative(product, scoring):
     """d softcap(scale q k) / d(scale q k): 1 - tanh^2."""
     capped = 2.0 / (1.0 + tl.exp(-2.0 * (product * scoring.scale / scoring.softcap))) - 1.0
@@ -181,7 +278,7 @@ def score_derivative(product, scoring):
 
 @triton.jit
 def excess_over(score, tau):
-    """[score - tau]_+, NaN where the score is: a bad input must show in the output."""
+    """[score - tau]_+; NaN where the score is NaN, because a bad input must show in the output."""
     return tl.maximum(score - tau, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -208,7 +305,7 @@ def entmax_norm(total, exponent: tl.constexpr):
 
 @triton.jit
 def newton_step(total, slope_sum, exponent: tl.constexpr):
-    """(norm, step) from sum p and sum s: the norm of r at tau, and Newton's step on it. Where total is 0, both are."""
+    """(norm, step) from sum p and sum s: the norm of r at tau, and Newton's step on it. Both are 0 where sum p is 0."""
     some = total > 0
     norm = entmax_norm(tl.where(some, total, 1.0), exponent)
     step = (norm - 1.0) * total / (norm * tl.where(some, slope_sum, 1.0))

@@ -1,9 +1,9 @@
-"""Calls that remember what an equal call launched.
+"""Records a call's kernel launches and replays them for equal calls.
 
-Triton looks at every argument of every launch to find the compiled kernel, and Python plans the launches: a millisecond
-of the host's time for a call, more than many calls take the GPU. All of it depends on shapes, strides, types, alignment
-and options alone. So the second time that such a call is made, its new tensors and launches are recorded, and from the
-third time on they are repeated with other addresses.
+Triton looks at every argument of every launch to find the compiled kernel, and Python plans the launches. That costs
+the host about a millisecond a call, more than many calls take on the GPU. The result depends only on shapes, strides,
+types, alignment and options. So the second of several equal calls records its new tensors and launches, and later calls
+repeat them with other addresses.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Launcher:
         return torch.empty_like(tensor)
 
     def torch(self, function: Callable[..., Any], *tensors: torch.Tensor) -> Any:
-        """function(*tensors), of PyTorch's operations; what it returns, if anything, is one new tensor."""
+        """function(*tensors), where function is of PyTorch's operations and returns None or one new tensor."""
         return function(*tensors)
 
     def __call__(self, kernel: Any, programs: int, *arguments: Any, **options: Any) -> None:
@@ -64,7 +64,7 @@ class _View(NamedTuple):
 
 
 class _Kernel(NamedTuple):
-    """A launch: `values` in the kernel's order, but for addresses, which `places` and `within` (tuples) say."""
+    """A launch: `values` in the kernel's order, without addresses. `places` has these, and `within` those in tuples."""
 
     compiled: Any  # triton.compiler.CompiledKernel
     grid: tuple[int, int, int]
@@ -74,7 +74,7 @@ class _Kernel(NamedTuple):
 
 
 class _Operation(NamedTuple):
-    """A PyTorch operation; result: the buffer that it makes, or None."""
+    """A PyTorch operation; `result` is the buffer that it makes, or None."""
 
     function: Callable[..., Any]
     views: list[_View]
@@ -90,7 +90,7 @@ class _New(NamedTuple):
 
 
 class _Recorder(Launcher):
-    """Launches, and keeps a record. Buffers are numbered: the call's tensors first, then the new ones."""
+    """Launches and keeps a record. Buffers are numbered: the call's tensors come first, then the new ones."""
 
     def __init__(self, device: torch.device, tensors: Sequence[torch.Tensor | None]) -> None:
         super().__init__(device)
@@ -100,10 +100,10 @@ class _Recorder(Launcher):
         self.made_at: dict[int, int] = {}
         self.last_use: dict[int, int] = {}
         self.bytes: dict[int, int] = {}
-        self.numbers: dict[int, int] = {}  # of the new tensors, by id: of those with one id the latest lives
+        self.numbers: dict[int, int] = {}  # of the new tensors, by id; the latest of those with the same id lives
         self.aliases: list[tuple[int, int, int]] = []
-        self.complete = True  # the interpreter compiles nothing that could be launched again
-        # No tensor is kept for the record: where a storage's address comes back, the earlier tensor is gone
+        self.complete = True  # false in the interpreter, which compiles nothing that could be launched again
+        # The record keeps no tensor alive. If a storage's address comes back, the earlier tensor is gone.
         self._owners: dict[int, tuple[int, int]] = {}  # address of a storage -> (buffer, its address)
         for index, tensor in enumerate(tensors):
             if tensor is not None and tensor.numel():
@@ -197,12 +197,12 @@ class _Recording:
             [
                 (index, recorder.made_at[index], recorder.last_use[index], recorder.bytes[index])
                 for index in workspace
-                if index in recorder.last_use  # only made, else
+                if index in recorder.last_use  # others are made and never used
             ]
         )
 
     def repeat(self, tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor] | None:
-        """The results; None if tensors that lay in one storage when it was recorded lie elsewhere now."""
+        """The results; None if tensors that shared a storage in the recorded call lie apart now."""
         addresses: list[int] = [0] * self.count
         buffers: dict[int, torch.Tensor] = {}
         for index, tensor in enumerate(tensors):
@@ -244,7 +244,10 @@ class _Recording:
 
 
 def _packed(wanted: list[tuple[int, int, int, int]]) -> tuple[list[tuple[int, int]], int]:
-    """Offsets in one workspace for (number, first step, last step, bytes), and its size: apart if in use together."""
+    """Offsets in one workspace for (number, first step, last step, bytes), and its size.
+
+    Buffers that are in use in the same step do not overlap.
+    """
     placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
     offsets = []
     for number, first, last, size in sorted(wanted, key=lambda item: -item[3]):
@@ -272,7 +275,7 @@ def _stream(device: torch.device) -> int:
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager:
-    """Launches go to the GPU (a null context where they do anyway, and for the interpreter)."""
+    """A context in which launches go to this GPU; a null context where they do anyway, and for the interpreter."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
@@ -281,7 +284,7 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager:
 def signature_of(
     operation: str, tensors: Sequence[torch.Tensor | None], options: Sequence[Hashable]
 ) -> tuple[Hashable, ...]:
-    """What the launches of a call depend on: of its tensors all but their values, its options, deterministic mode."""
+    """What the launches of a call depend on: its options, deterministic mode, and all of its tensors but the values."""
     return (
         operation,
         torch.are_deterministic_algorithms_enabled(),
@@ -295,12 +298,12 @@ def signature_of(
     )
 
 
-# None: such a call was made once.
+# None where such a call was made once and not recorded yet.
 _remembered: OrderedDict[Hashable, _Recording | None] = OrderedDict()
 
 
 def forget() -> None:
-    """Forgets all calls: for tests that change a constant of the launches."""
+    """Forgets all calls, for tests that change a constant of the launches."""
     _remembered.clear()
 
 
@@ -310,13 +313,16 @@ def run(
     options: Sequence[Hashable],
     body: Callable[[Launcher], Sequence[torch.Tensor]],
 ) -> Sequence[torch.Tensor]:
-    """What body returns, or what repeating an equal call's launches gives.
+    """What `body` returns, or the same from the recorded launches of an equal call.
 
     Args:
         operation: a name for the body.
         tensors: all tensors whose values or addresses the body uses; the first says where it runs.
-        options: whatever else its launches depend on.
-        body: makes its new tensors and launches through the launcher that it gets, and returns new tensors.
+        options: whatever else the launches depend on.
+        body: makes new tensors and launches through the launcher that it gets, and returns new tensors.
+
+    Returns:
+        What `body` returns.
     """
     first = tensors[0]
     assert first is not None

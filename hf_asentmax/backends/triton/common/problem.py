@@ -1,4 +1,4 @@
-"""One attention call as the kernels see it: tensors, options, and the arguments derived from them."""
+"""One attention call as the launches see it: tensors, options, and the kernels' arguments derived from them."""
 
 from __future__ import annotations
 
@@ -9,28 +9,29 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from .device import Masks, Rows, Scoring
+from .device import Dims, KernelMasks, KernelScoring, Lengths, Rows
 from .launching import Launcher
 from .row_ranges import RowRanges
 
 __all__ = ["Problem", "padded", "rows_of"]
 
-# Wider than any call is long; with a position added, it still fits into 32 bits.
+# No call is as long as this; a position plus this still fits into 32 bits.
 _LARGEST_WINDOW = 1 << 30
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention call: its tensors and options, and what the kernels derive from them.
+    """One attention call of the kernels.
 
     Attributes:
-        query: (batch, heads, q_len, head_dim); key: (batch, kv_heads, kv_len, head_dim); value: (batch, kv_heads,
-            kv_len, value_dim); each with unit stride in the last dimension.
-        alpha, scale, is_causal, sliding_window, softcap: as in entmax_attention.
-        slopes: (heads,) float32, or None.
-        ranges: padding, packing and a free mask.
-        for_backward: a backward pass may follow.
-        launcher: makes its tensors and launches its kernels; None for a plain one.
+        query: (batch, heads, q_len, head_dim), unit stride in the last dimension.
+        key: (batch, kv_heads, kv_len, head_dim), likewise.
+        value: (batch, kv_heads, kv_len, value_dim), likewise.
+        alpha, scale, is_causal, sliding_window, softcap: as in `entmax_attention`.
+        slopes: (heads,) float32, ALiBi's slopes, or None.
+        ranges: padding, packing and the 4D mask.
+        for_backward: whether a backward pass may follow.
+        launcher: makes the tensors and launches the kernels; None for a plain one.
     """
 
     query: torch.Tensor
@@ -48,6 +49,7 @@ class Problem:
 
     @cached_property
     def launch(self) -> Launcher:
+        """The launcher."""
         return self.launcher or Launcher(self.query.device)
 
     @cached_property
@@ -57,11 +59,11 @@ class Problem:
 
     @property
     def groups(self) -> int:
-        """batch x heads"""
+        """batch * heads."""
         return self.query.shape[0] * self.query.shape[1]
 
     def part(self, entries: slice, query_heads: slice, key_heads: slice) -> Problem:
-        """The call for some batch entries and heads, as views; without a free mask."""
+        """The call for some batch entries and heads, as views; without the 4D mask."""
         start, stop, key_valid, has_holes, _ = (
             None if tensor is None else tensor[entries] if tensor.shape[0] > 1 else tensor for tensor in self.ranges
         )
@@ -75,21 +77,16 @@ class Problem:
         )
 
     @cached_property
-    def lengths(self) -> dict[str, int]:
-        return {
-            "heads": self.query.shape[1],
-            "kv_heads": self.key.shape[1],
-            "q_len": self.query.shape[2],
-            "kv_len": self.key.shape[2],
-        }
+    def lengths(self) -> Lengths:
+        """Heads and lengths, as kernels take them."""
+        return Lengths(self.query.shape[1], self.key.shape[1], self.query.shape[2], self.key.shape[2])
 
     @cached_property
     def constants(self) -> dict[str, Any]:
-        """Sizes and arithmetic that are compiled in.
+        """Head dimensions and the precision of products, by the names of the kernels' compile-time arguments.
 
-        float32 products are three products of tf32 parts each, which keep 21 bits of every factor: exact ones (ieee)
-        go through registers, of which there are too few above head_dim 32. float16 weights are scaled up by 2^15 in
-        products with values: a weight of 1/32,768 would be subnormal.
+        A product of float32 factors is three products of their tf32 parts, which keep 21 bits of every factor. Exact
+        products (ieee) go through registers, of which there are too few above head_dim 32.
         """
         head_dim, value_dim = self.query.shape[3], self.value.shape[3]
         return {
@@ -100,16 +97,23 @@ class Problem:
             "PRECISION": "tf32x3" if self.query.dtype == torch.float32 else "tf32",
         }
 
+    @cached_property
+    def dims(self) -> Dims:
+        """The head dimensions of `constants`, as one argument."""
+        return Dims(*(tl.constexpr(self.constants[name]) for name in Dims._fields))
+
     @property
     def weight_scale(self) -> float:
+        """What weights are multiplied by in products with values: a float16 weight of 1/32,768 would be subnormal."""
         return 32768.0 if self.query.dtype == torch.float16 else 1.0
 
     @cached_property
-    def scoring(self) -> Scoring:
+    def scoring(self) -> KernelScoring:
+        """How the kernels make scores and weights."""
         factor = self.alpha - 1.0
         exponent = 1.0 / factor
         capped = self.softcap is not None
-        return Scoring(
+        return KernelScoring(
             scale=self.scale if capped else self.scale * factor,
             softcap=self.softcap,
             after_cap=factor if capped else None,
@@ -119,12 +123,13 @@ class Problem:
         )
 
     @cached_property
-    def masks(self) -> Masks:
+    def masks(self) -> KernelMasks:
+        """Which keys a row sees, as kernels take it."""
         start, stop, key_valid, has_holes, dense = self.ranges
         strides: tuple[int, ...] = (0, 0, 0, 0)
         if dense is not None:
             strides = tuple(0 if size == 1 else step for size, step in zip(dense.shape, dense.stride(), strict=True))
-        return Masks(
+        return KernelMasks(
             causal=tl.constexpr(self.is_causal),
             window=None if self.sliding_window is None else min(self.sliding_window, _LARGEST_WINDOW),
             start=start,
@@ -146,4 +151,5 @@ def padded(dim: int) -> int:
 
 
 def rows_of(tensor: torch.Tensor) -> Rows:
+    """A (batch, heads, length, head_dim) tensor with unit stride in head_dim, as kernels take it."""
     return Rows(tensor, *tensor.stride()[:3])

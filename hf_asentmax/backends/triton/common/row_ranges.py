@@ -1,8 +1,8 @@
 """Which keys a query row may see, in the form that the kernels read: an interval a row, and flags for the rest.
 
 Causality and a sliding window follow from a row's position, so the kernels compute them in registers
-(``device.visible_interval``). Padding and packing need tensors; they are made here, on the device, without waiting for
-it.
+(`device.visible_interval`). Padding and packing need tensors. They are made here on the device, and the host does not
+wait for them.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from typing import NamedTuple
 
 import torch
 
+from ....masks import Masks
+
 __all__ = ["RowRanges", "row_ranges"]
 
 
 class RowRanges(NamedTuple):
-    """The visible keys of row i of batch entry b: start[b, i] <= j < stop[b, i], and key_valid, and dense_mask.
+    """Row i of batch entry b sees the keys start[b, i] <= j < stop[b, i] that key_valid and dense_mask show.
 
-    Causality and the sliding window are not in here.
+    Causality and the sliding window, which are not in here, may hide more.
 
     Attributes:
         start, stop: (batch or 1, q_len) int32, or both None where neither padding nor packing limits a row.
@@ -35,26 +37,17 @@ class RowRanges(NamedTuple):
     dense_mask: torch.Tensor | None
 
 
-def row_ranges(
-    q_len: int,
-    kv_len: int,
-    *,
-    attention_mask: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    key_start: torch.Tensor | None = None,
-) -> RowRanges:
-    """Padding, packing and a free mask as intervals and flags.
+def row_ranges(q_len: int, kv_len: int, masks: Masks) -> RowRanges:
+    """Padding, packing and the 4D mask of a call, as intervals and flags.
 
     Args:
         q_len, kv_len: lengths; query i stands at key i + kv_len - q_len.
-        attention_mask: bool, (batch, kv_len), true where the key is no padding, or (batch, 1 or heads, q_len, kv_len),
-            true where the query sees the key.
-        cu_seqlens: (sequences + 1,) int, boundaries of the sequences packed into batch 1, from 0 to kv_len.
-        key_start: (batch or 1, q_len) int32, the first key that each query may see.
+        masks: the call's masks, attention_mask bool.
 
     Returns:
-        The ranges; all their tensors are on the masks' device, and no value was read by the host.
+        The ranges. All their tensors are on the masks' device, and the host reads no value.
     """
+    attention_mask, cu_seqlens, key_start = masks.attention_mask, masks.cu_seqlens, masks.key_start
     start = stop = key_valid = has_holes = dense_mask = None
     if attention_mask is not None and attention_mask.ndim == 4:
         dense_mask = attention_mask

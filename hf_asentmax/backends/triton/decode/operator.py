@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from ....call import Call
 from ...autocast import as_autocast
 from ..common.launching import Launcher, run
-from ..operators import _problem, _rows_shape, _with_unit_strides, needs_gradient
+from ..operators import OperatorTensors, Options, options_of, output_shape, problem_of
 
 __all__ = ["DECODE_FROM", "MOST_DECODE_ROWS", "decode_attention", "decodes"]
 
@@ -17,21 +18,14 @@ MOST_DECODE_ROWS = 16
 DECODE_FROM = 256
 
 
-def decodes(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    key_start: torch.Tensor | None = None,
-) -> bool:
-    """Whether a call is one for the decoding kernels."""
-    q_len, kv_len = query.shape[2], key.shape[2]
+def decodes(call: Call) -> bool:
+    """Whether a call is one for the decoding kernels: a few queries, a long cache, no packing and no gradients."""
     return (
-        q_len <= MOST_DECODE_ROWS
-        and kv_len > DECODE_FROM
-        and cu_seqlens is None
-        and key_start is None
-        and not needs_gradient(query, key, value)
+        call.query.shape[2] <= MOST_DECODE_ROWS
+        and call.key.shape[2] > DECODE_FROM
+        and call.masks.cu_seqlens is None
+        and call.masks.key_start is None
+        and not call.needs_gradient
     )
 
 
@@ -52,16 +46,17 @@ def _decode(
     key_valid: torch.Tensor | None,
     dense_mask: torch.Tensor | None,
     key_norm_bound: torch.Tensor | None,
-    *options: Any,
+    *numbers: Any,
 ) -> torch.Tensor:
     """(batch, q_len, heads, value_dim)"""
     from .launch import decode
 
-    tensors = _with_unit_strides((query, key, value, slopes, None, None, key_valid, None, dense_mask))
+    tensors = OperatorTensors(query, key, value, slopes, key_valid=key_valid, dense_mask=dense_mask)
+    tensors, options = tensors.with_unit_strides(), Options(*numbers)
 
     def body(launcher: Launcher) -> tuple[torch.Tensor]:
-        problem = _problem(tensors, *options, launcher=launcher)
-        rows = launcher.empty(_rows_shape(problem.query, problem.value), problem.query.dtype)
+        problem = problem_of(tensors, options, launcher=launcher)
+        rows = launcher.empty(output_shape(problem.query, problem.value), problem.query.dtype)
         decode(problem, rows.transpose(1, 2), key_norm_bound)
         return (rows,)
 
@@ -70,40 +65,32 @@ def _decode(
 
 
 def _decode_of_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
-    return query.new_empty(_rows_shape(query, value))
+    return query.new_empty(output_shape(query, value))
 
 
 _library.impl("entmax_decode", _decode, "CompositeExplicitAutograd")
 torch.library.register_fake("hf_asentmax::entmax_decode", _decode_of_shapes, lib=_library)
 
 
-def decode_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    alpha: float,
-    scale: float,
-    is_causal: bool,
-    attention_mask: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    key_norm_bound: torch.Tensor | None,
-) -> torch.Tensor:
-    """entmax_attention by the decoding kernels, where `decodes`; masks are read as they come, by the kernels."""
-    query, key, value = as_autocast(query, key, value)
+def decode_attention(call: Call) -> torch.Tensor:
+    """A call by the decoding kernels, where `decodes`; they read the masks as they come.
+
+    Returns:
+        (batch, heads, q_len, value_dim), as `entry.attention`.
+    """
+    query, key, value = as_autocast(call.query, call.key, call.value)
+    scoring, mask = call.scoring, call.masks.attention_mask
     key_valid = dense_mask = slopes = bound = None
-    if attention_mask is not None and attention_mask.ndim == 2:
-        key_valid = attention_mask.contiguous()
-    elif attention_mask is not None and attention_mask.shape[1] == query.shape[2] == 1:
-        # A static cache's mask: one row for all heads says of each key what a padding mask says, and costs less to read
-        key_valid = attention_mask[:, 0, 0].expand(query.shape[0], -1).contiguous()
+    if mask is not None and mask.ndim == 2:
+        key_valid = mask.contiguous()
+    elif mask is not None and mask.shape[1] == query.shape[2] == 1:
+        # A static cache's mask: its one row says of each key what a padding mask says, which costs less to read
+        key_valid = mask[:, 0, 0].expand(query.shape[0], -1).contiguous()
     else:
-        dense_mask = attention_mask
-    if alibi_slopes is not None:
-        slopes = alibi_slopes.to(torch.float32).contiguous()
-        bound = None if key_norm_bound is None else key_norm_bound.to(torch.float32).contiguous()
-    options = (alpha, scale, is_causal, sliding_window, softcap)
+        dense_mask = mask
+    if scoring.alibi_slopes is not None:
+        slopes = scoring.alibi_slopes.to(torch.float32).contiguous()
+        if scoring.key_norm_bound is not None:
+            bound = scoring.key_norm_bound.to(torch.float32).contiguous()
     operator = torch.ops.hf_asentmax.entmax_decode.default
-    return operator(query, key, value, slopes, key_valid, dense_mask, bound, *options).transpose(1, 2)
+    return operator(query, key, value, slopes, key_valid, dense_mask, bound, *options_of(call)).transpose(1, 2)

@@ -1,25 +1,26 @@
 r"""Decoding, second and third kernel: tau from the scores, and the output from the values of the support alone.
 
-1. tau of the tiles' maxima, taken in at most 512 classes, is a lower bound on tau (sparse_bounds), and only tiles whose
-   maximum exceeds it can hold support: they are listed, and of their keys those above the bound, the candidates. On
-   trained models and on random keys these are the support and a few more.
-2. Newton's method on ||[z - t]_+||_p = 1, p = 1/(alpha-1), over the candidates: it rises to tau and never passes it.
-3. Values are gathered where the weight is above zero. Where that is many, several programs share them: all of them
+1. `candidates.py` lists the keys above a lower bound on tau. On trained models and on random keys these are the support
+   and a few keys more.
+2. Newton's method on ||[u - t]_+||_p = 1, p = 1/(alpha-1), over the candidates rises to tau and never passes it.
+3. Values are gathered where the weight is above zero. Where these are many, several programs share them. All of them
    list and solve (the same arithmetic, so the same tau), each sums its part, and the last to finish adds the parts.
 
-In a long cache a row may have thousands of candidates: then each program lists a share of the tiles and leaves the rest
-to the third kernel, whose programs solve on all the shares and sum the values of their own. Its launch is a wasted
-microsecond for the other rows, so short caches do without.
+In a long cache a row may have thousands of candidates. Then each program lists a share of the tiles and leaves the rest
+to the third kernel, whose programs solve on all the shares and sum the values of their own. For other rows its launch
+is a wasted microsecond, so short caches are done without it.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ..common.device import newton_step, support_powers
-from ..lists.scores import _scatter
+from ..common.device import support_powers
+from .candidates import Alibi, active_tiles, list_candidates, raised_tau
 from .scores import SPAN
 
 __all__ = ["decode_flat_kernel", "decode_output_kernel"]
@@ -27,112 +28,22 @@ __all__ = ["decode_flat_kernel", "decode_output_kernel"]
 _ENOUGH = tl.constexpr(2.0**-22)  # a smaller step of Newton's method is float32's rounding
 
 
-@triton.jit
-def _raised(tau, p, s, exponent: tl.constexpr):
-    """Newton's step from the summands p and s of a tau that is at most the root; both sums are one reduction."""
-    sum_p, sum_s = tl.split(tl.sum(tl.join(p, s), 0))
-    _, step = newton_step(sum_p, sum_s, exponent)
-    return tau + tl.where(sum_p > 0, tl.maximum(step, 0.0), 0.0)
+class _Row(NamedTuple):
+    """A query row: pointer to its record, numbers of its batch entry, head, key head, and its number in the head."""
+
+    record: Any
+    batch: Any
+    head: Any
+    kv_head: Any
+    number: Any
 
 
-@triton.jit
-def _tile_maxima(record, workspace, first, last, slope, scoring, position, nearest, NB: tl.constexpr, BN: tl.constexpr):
-    """The maxima of tiles [first, first + NB) with ALiBi measured from the distance `nearest`; -inf from `last` on."""
-    tile = first + tl.arange(0, NB)
-    largest = tl.load(record + workspace.maxima + tile, mask=tile < last, other=float("-inf"))
-    if scoring.slopes is not None:
-        largest -= slope * (tl.abs(position - tile * BN) - nearest).to(tl.float32)
-    return largest
+class _Candidates(NamedTuple):
+    """A list in a row's record: places of its keys and of its scores, and how many there are."""
 
-
-@triton.jit
-def _bound(largest, top, scoring, STEPS: tl.constexpr, NB: tl.constexpr):
-    """tau of the maxima (NB,) from below, lowered by more than float32 can have rounded."""
-    if NB > 512:
-        largest = tl.max(tl.reshape(largest, [NB // 512, 512]), 0)
-    tau = top - 1.0
-    for _ in range(STEPS):
-        p, s = support_powers(tl.maximum(largest - tau, 0.0), scoring.exponent)
-        tau = _raised(tau, p, s, scoring.exponent)
-    return tau - (1.0 + tl.abs(tau)) * 2.0**-18
-
-
-@triton.jit
-def _list_active(
-    record, workspace, begin, end, slope, scoring, position, nearest, bound, NB: tl.constexpr, BN: tl.constexpr
-):
-    """Lists the tiles of [begin, end) whose maximum exceeds the bound; how many there are."""
-    places = record.to(tl.pointer_type(tl.int32)) + workspace.active
-    active = 0
-    for first in range(begin, end, NB):
-        largest = _tile_maxima(record, workspace, first, end, slope, scoring, position, nearest, NB, BN)
-        ones = (largest > bound).to(tl.int32)
-        slot = active + tl.cumsum(ones, 0) - ones
-        _scatter(places + slot, first + tl.arange(0, NB), ones != 0)
-        active += tl.sum(ones, 0)
-    tl.debug_barrier()
-    return active
-
-
-@triton.jit
-def _active_tiles(
-    record, workspace, begin, end, slope, scoring, position, kv_len,
-    BOUND_STEPS: tl.constexpr, NB: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Lists the tiles of [begin, end) that can hold support, NB at a time.
-
-    Returns:
-        The distance of the nearest tile with a visible key (0 without ALiBi), the largest score (not finite if there is
-        none, or one that is no number), the lower bound on tau, and the number of tiles listed.
-    """
-    nearest = begin * 0
-    if scoring.slopes is not None:
-        nearest = nearest + kv_len
-        for first in range(begin, end, NB):
-            tile = first + tl.arange(0, NB)
-            largest = tl.load(record + workspace.maxima + tile, mask=tile < end, other=float("-inf"))
-            distance = tl.abs(position - tile * BN)
-            nearest = tl.minimum(nearest, tl.min(tl.where(largest > float("-inf"), distance, kv_len), 0))
-    largest = _tile_maxima(record, workspace, begin, end, slope, scoring, position, nearest, NB, BN)
-    for first in range(begin + NB, end, NB):
-        others = _tile_maxima(record, workspace, first, end, slope, scoring, position, nearest, NB, BN)
-        largest = tl.maximum(largest, others)
-    top = tl.max(largest, 0)
-    usable = (top > float("-inf")) & (top < float("inf"))
-    bound = _bound(largest, tl.where(usable, top, 0.0), scoring, BOUND_STEPS, NB)
-    bound = tl.where(usable, bound, float("inf"))
-    active = _list_active(record, workspace, begin, end, slope, scoring, position, nearest, bound, NB, BN)
-    return nearest, top, bound, active
-
-
-@triton.jit
-def _list_candidates(
-    record, workspace, begin, end, keys_at, scores_at, slope, scoring, position, nearest, bound,
-    CB: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
-    """Lists keys above the bound, of active tiles [begin, end), and their scores; how many there are.
-
-    scores_at may be the place of the first of these tiles' own scores: the list never overtakes what is still to read.
-    """
-    words = record.to(tl.pointer_type(tl.int32))
-    total = 0
-    within = tl.arange(0, BN)
-    for first in range(begin, end, CB):
-        place = first + tl.arange(0, CB)
-        inside = place < end
-        tile = tl.load(words + workspace.active + place, mask=inside, other=0)
-        keys = tile[:, None] * BN + within[None, :]
-        score = tl.load(record + keys, mask=inside[:, None], other=float("-inf"))
-        if scoring.slopes is not None:
-            score -= (slope * (tl.abs(position - tile * BN) - nearest).to(tl.float32))[:, None]
-        ones = (score > bound).to(tl.int32)
-        slot = total + tl.reshape(tl.cumsum(tl.reshape(ones, [CB * BN]), 0), [CB, BN]) - ones
-        total += tl.sum(tl.reshape(ones, [CB * BN]), 0)
-        tl.debug_barrier()
-        _scatter(words + keys_at + slot, keys, ones != 0)
-        _scatter(words + scores_at + slot, score.to(tl.int32, bitcast=True), ones != 0)
-    tl.debug_barrier()
-    return total
+    keys_at: Any
+    scores_at: Any
+    count: Any
 
 
 @triton.jit
@@ -162,7 +73,7 @@ def _solve(record, scores_at, count, tau, scoring, FEW: tl.constexpr, MANY: tl.c
         for _ in range(0, STEPS):
             if moved > _ENOUGH:
                 p, s = support_powers(tl.maximum(score - tau, 0.0), scoring.exponent)
-                raised = _raised(tau, p, s, scoring.exponent)
+                raised = raised_tau(tau, p, s, scoring.exponent)
                 moved = (raised - tau) / (1.0 + tl.abs(tau))
                 tau = raised
     else:
@@ -171,7 +82,7 @@ def _solve(record, scores_at, count, tau, scoring, FEW: tl.constexpr, MANY: tl.c
                 sum_p = tl.zeros([MANY], tl.float32)
                 sum_s = tl.zeros([MANY], tl.float32)
                 sum_p, sum_s = _add_powers(sum_p, sum_s, record, scores_at, count, tau, scoring, MANY)
-                raised = _raised(tau, sum_p, sum_s, scoring.exponent)
+                raised = raised_tau(tau, sum_p, sum_s, scoring.exponent)
                 moved = (raised - tau) / (1.0 + tl.abs(tau))
                 tau = raised
     return tau
@@ -188,7 +99,7 @@ def _solve_shares(
     record, workspace, active, tau, scoring,
     PARTS: tl.constexpr, BN: tl.constexpr, MANY: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """_solve on the lists of all parts."""
+    """tau of the lists of all parts, as `_solve` finds that of one."""
     words = record.to(tl.pointer_type(tl.int32))
     moved = 1.0
     for _ in range(0, STEPS):
@@ -199,7 +110,7 @@ def _solve_shares(
                 count = tl.load(words + workspace.state + 3 + part)
                 first_tile = tl.load(words + workspace.active + _share(active, part, PARTS))
                 sum_p, sum_s = _add_powers(sum_p, sum_s, record, first_tile * BN, count, tau, scoring, MANY)
-            raised = _raised(tau, sum_p, sum_s, scoring.exponent)
+            raised = raised_tau(tau, sum_p, sum_s, scoring.exponent)
             moved = (raised - tau) / (1.0 + tl.abs(tau))
             tau = raised
     return tau
@@ -207,26 +118,26 @@ def _solve_shares(
 
 @triton.jit
 def _write_output(
-    value, output, record, workspace, row, batch, head, kv_head, q_len, scoring,
-    keys_at, scores_at, first, count, step, tau, part, shares, strange,
+    value, output, row, workspace, candidates, scoring, first, step, tau, part, shares, strange,
     CV: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
 ):  # fmt: skip
     """Sums weight x value over a part of a list; the last of the `shares` parts to arrive adds all in order.
 
     Args:
-        keys_at, scores_at: places of the list in the record.
+        value, output: Rows; row: _Row; candidates: _Candidates.
         first, step: the part takes chunks first, first + step, ... of CV candidates.
-        strange: a score of the row is no number.
+        strange: a score of the row is NaN or infinite, and so the output is NaN.
     """
+    record = row.record
     words = record.to(tl.pointer_type(tl.int32))
     dim = tl.arange(0, DV)
-    values = value.pointer + batch.to(tl.int64) * value.batch + kv_head.to(tl.int64) * value.head
+    values = value.pointer + row.batch.to(tl.int64) * value.batch + row.kv_head.to(tl.int64) * value.head
     weighted = tl.zeros([CV, DV], tl.float32)
     weights = tl.zeros([CV], tl.float32)
-    for chunk in range(first * CV, count, step * CV):
+    for chunk in range(first * CV, candidates.count, step * CV):
         slot = chunk + tl.arange(0, CV)
-        keys = tl.load(words + keys_at + slot, mask=slot < count, other=0)
-        score = _scores(record, scores_at + chunk, count - chunk, CV)
+        keys = tl.load(words + candidates.keys_at + slot, mask=slot < candidates.count, other=0)
+        score = _scores(record, candidates.scores_at + chunk, candidates.count - chunk, CV)
         p, _ = support_powers(tl.maximum(score - tau, 0.0), scoring.exponent)
         pointers = values + keys.to(tl.int64)[:, None] * value.row + dim[None, :]
         v = tl.load(pointers, mask=(p > 0)[:, None] & (dim < VALUE_DIM)[None, :], other=0.0)
@@ -251,39 +162,50 @@ def _write_output(
     if arrived == shares - 1:
         result = result / tl.where(total > 0, total, 1.0)
         result = tl.where(strange, float("nan"), result)
-        pointer = output.pointer + batch.to(tl.int64) * output.batch + head.to(tl.int64) * output.head
-        pointer += (row % q_len).to(tl.int64) * output.row
+        pointer = output.pointer + row.batch.to(tl.int64) * output.batch + row.head.to(tl.int64) * output.head
+        pointer += row.number.to(tl.int64) * output.row
         tl.store(pointer + dim, result.to(output.pointer.dtype.element_ty), mask=dim < VALUE_DIM)
+
+
+@triton.jit
+def _row_of(number, workspace, queries):
+    """The _Row of a query row's number, counted over batch, heads and q_len."""
+    group = number // queries.q_len
+    batch = group // queries.heads
+    head = group % queries.heads
+    kv_head = head // (queries.heads // queries.kv_heads)
+    record = workspace.pointer + number.to(tl.int64) * workspace.row
+    return _Row(record, batch, head, kv_head, number % queries.q_len)
 
 
 @triton.jit(do_not_specialize=["kv_len"])
 def decode_output_kernel(
-    value, output, workspace, scoring, heads, kv_heads, q_len, kv_len,
+    value, output, workspace, scoring, queries, kv_len,
     PARTS: tl.constexpr, NB: tl.constexpr, BN: tl.constexpr, CB: tl.constexpr, SHARED_FROM: tl.constexpr,
     FEW: tl.constexpr, MANY: tl.constexpr, CV: tl.constexpr, BOUND_STEPS: tl.constexpr, STEPS: tl.constexpr,
     DV: tl.constexpr, VALUE_DIM: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """One of PARTS programs that share one query row.
+    """The output of a query row, sum_j p_j v_j / sum_j p_j with p_j = [u_j - tau]_+^(1/(alpha-1)).
+
+    Grid: PARTS programs for each query row. A program reads the tile maxima of its row's record, the scores of the
+    tiles above the bound, and the values of its part of the support. It writes lists and partial sums to the record;
+    the last program of a row to arrive writes the output. A row left to the third kernel gets its lists only.
 
     Args:
-        value, output: Rows.
+        value, output: Rows; queries: Queries.
         workspace: Workspace, as decode_scores_kernel left it.
-        NB: tiles looked at together (FEW, where ALiBi's reach leaves no more). CB: active tiles whose keys are.
-        SHARED_FROM: active tiles from which on a row is left to decode_flat_kernel, or None: there is none.
+        NB: tiles read together (FEW, where ALiBi's reach leaves no more). CB: active tiles whose keys are.
+        SHARED_FROM: a row with at least as many active tiles is left to decode_flat_kernel; None: there is none.
         FEW: candidates that are solved in registers, else MANY at a time. BOUND_STEPS and STEPS: most steps of
             Newton's method on the tile maxima and on the candidates.
         CV: values gathered together.
         OVERLAPS: started before the kernel ahead of it has ended.
     """
     tl.static_assert(3 + PARTS <= SPAN)  # the parts' counts lie before the span
-    row = tl.program_id(0) // PARTS
     part = tl.program_id(0) % PARTS
-    group = row // q_len
-    batch = group // heads
-    head = group % heads
-    kv_head = head // (heads // kv_heads)
-    position = row % q_len + (kv_len - q_len)
-    record = workspace.pointer + row.to(tl.int64) * workspace.row
+    row = _row_of(tl.program_id(0) // PARTS, workspace, queries)
+    position = row.number + (kv_len - queries.q_len)
+    record = row.record
     words = record.to(tl.pointer_type(tl.int32))
     if OVERLAPS:
         gdc_wait()
@@ -292,7 +214,7 @@ def decode_output_kernel(
     end = tl.load(words + workspace.state + SPAN + 1)
     slope = 0.0
     if scoring.slopes is not None:
-        slope = tl.load(scoring.slopes + head) * scoring.slope_factor
+        slope = tl.load(scoring.slopes + row.head) * scoring.slope_factor
     nearest = begin * 0
     top = slope + float("inf")
     bound = top
@@ -301,15 +223,16 @@ def decode_output_kernel(
     if NB > FEW and scoring.slopes is not None:
         few = end - begin <= FEW  # a head with ALiBi in a long cache; fewer tiles take less time
         if few:
-            nearest, top, bound, active = _active_tiles(
-                record, workspace, begin, end, slope, scoring, position, kv_len, BOUND_STEPS, FEW, BN
+            nearest, top, bound, active = active_tiles(
+                record, workspace, begin, end, slope, position, scoring, kv_len, BOUND_STEPS, FEW, BN
             )
     if not few:
-        nearest, top, bound, active = _active_tiles(
-            record, workspace, begin, end, slope, scoring, position, kv_len, BOUND_STEPS, NB, BN
+        nearest, top, bound, active = active_tiles(
+            record, workspace, begin, end, slope, position, scoring, kv_len, BOUND_STEPS, NB, BN
         )
+    alibi = Alibi(slope, position, nearest)
     usable = (top > float("-inf")) & (top < float("inf"))
-    strange = top == float("inf")  # a score that is no number, or infinite
+    strange = top == float("inf")  # a score that is not a number, or infinite
 
     shared = False
     if SHARED_FROM is not None:
@@ -321,41 +244,42 @@ def decode_output_kernel(
         begin = _share(active, part, PARTS)
         end = _share(active, part + 1, PARTS)
         place = tl.load(words + workspace.active + begin) * BN
-        count = _list_candidates(
-            record, workspace, begin, end, workspace.listed_keys + place, place,
-            slope, scoring, position, nearest, bound, CB, BN,
-        )  # fmt: skip
+        count = list_candidates(
+            record, workspace, begin, end, workspace.listed_keys + place, place, alibi, bound, scoring, CB, BN
+        )
         tl.store(words + workspace.state + 3 + part, count)
     else:
-        count = _list_candidates(
-            record, workspace, 0, active, workspace.listed_keys, workspace.listed_scores,
-            slope, scoring, position, nearest, bound, CB, BN,
-        )  # fmt: skip
+        count = list_candidates(
+            record, workspace, 0, active, workspace.listed_keys, workspace.listed_scores, alibi, bound, scoring, CB, BN
+        )
         shares = tl.maximum(tl.minimum(count // (2 * CV), PARTS), 1)
         if part < shares:
             tau = tl.where(usable, bound, 0.0)
             tau = _solve(record, workspace.listed_scores, count, tau, scoring, FEW, MANY, STEPS)
+            candidates = _Candidates(workspace.listed_keys, workspace.listed_scores, count)
             _write_output(
-                value, output, record, workspace, row, batch, head, kv_head, q_len, scoring,
-                workspace.listed_keys, workspace.listed_scores, part, count, shares, tau, part, shares, strange,
+                value, output, row, workspace, candidates, scoring, part, shares, tau, part, shares, strange,
                 CV, DV, VALUE_DIM,
             )  # fmt: skip
 
 
 @triton.jit
 def decode_flat_kernel(
-    value, output, workspace, scoring, heads, kv_heads, q_len,
+    value, output, workspace, scoring, queries,
     PARTS: tl.constexpr, BN: tl.constexpr, MANY: tl.constexpr, CV: tl.constexpr, STEPS: tl.constexpr,
     DV: tl.constexpr, VALUE_DIM: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
-    """One of PARTS programs that share a query row with many candidates; arguments as for decode_output_kernel."""
-    row = tl.program_id(0) // PARTS
+    """The output of the query rows that decode_output_kernel left, those with many candidates.
+
+    Grid: PARTS programs for each query row. A program reads the lists of all parts of its row to find tau, and the
+    values of its own part. It writes its partial sum; the last program of a row to arrive writes the output. Programs
+    of other rows end at once.
+
+    The arguments are those of decode_output_kernel.
+    """
     part = tl.program_id(0) % PARTS
-    group = row // q_len
-    batch = group // heads
-    head = group % heads
-    kv_head = head // (heads // kv_heads)
-    record = workspace.pointer + row.to(tl.int64) * workspace.row
+    row = _row_of(tl.program_id(0) // PARTS, workspace, queries)
+    record = row.record
     words = record.to(tl.pointer_type(tl.int32))
     if OVERLAPS:
         gdc_wait()
@@ -366,7 +290,7 @@ def decode_flat_kernel(
         tau = _solve_shares(record, workspace, active, bound, scoring, PARTS, BN, MANY, STEPS)
         count = tl.load(words + workspace.state + 3 + part)
         place = tl.load(words + workspace.active + _share(active, part, PARTS)) * BN
+        candidates = _Candidates(workspace.listed_keys + place, place, count)
         _write_output(
-            value, output, record, workspace, row, batch, head, kv_head, q_len, scoring,
-            workspace.listed_keys + place, place, 0, count, 1, tau, part, PARTS, False, CV, DV, VALUE_DIM,
-        )  # fmt: skip
+            value, output, row, workspace, candidates, scoring, 0, 1, tau, part, PARTS, False, CV, DV, VALUE_DIM
+        )

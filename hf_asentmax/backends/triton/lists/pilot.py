@@ -1,13 +1,13 @@
-r"""A look at a few keys before any pass over the scores: row blocks whose lists cannot fit are flagged at once.
+r"""A look at a sample of the keys, before any pass over the scores, that flags row blocks whose lists cannot fit.
 
-A sample of the keys guesses a row's threshold: with u_j = (alpha-1) z_j, p = 1/(alpha-1) and one of f keys sampled,
-tau solves f sum_sample [u_j - tau]_+^p = 1, and f #{sample: u_j > tau} estimates the support.
+The sample gives an estimate of a row's threshold. With u_j = (alpha-1) z_j, p = 1/(alpha-1) and one of f keys sampled,
+tau solves f sum_sample [u_j - tau]_+^p = 1, and f #{sample: u_j > tau} estimates the size of the support.
 
-A sample cannot see the few keys that a sharp row is about, and they would raise tau. |u_j| <= |q| max|k| times the
-scale bounds how high they can be; so the equation counts some keys as high as that on top of the sample, and only rows
-that would overflow even then are flagged. These are the flat ones, with small queries: a model's rows at its start.
+A sample misses the few keys that a sharp row attends to, and these keys would raise tau. |u_j| <= |q| max|k| times the
+scale bounds their scores. So the equation adds some keys with this score to the sample, and only rows that would
+overflow even then are flagged. These are flat rows with small queries, as an untrained model has them.
 
-It is a choice of regime only: flagged row blocks are the dense regime's, the result is exact either way.
+The kernel only chooses a regime. Flagged row blocks are left to the dense regime; the result is exact either way.
 """
 
 from __future__ import annotations
@@ -22,38 +22,40 @@ __all__ = ["SAMPLED_KEYS", "SAMPLED_ROWS", "pilot_kernel"]
 # Rows looked at in a block, and keys for each.
 SAMPLED_ROWS = 16
 SAMPLED_KEYS = 128
-# Keys as high as the norms allow that a row is taken to have outside of the sample.
+# How many keys outside of the sample a row is assumed to have whose scores are as high as the norms allow.
 _HIDDEN_KEYS = tl.constexpr(2)
-# Newton steps from below; a step too few counts a few keys too many.
+# Newton steps from below; with too few steps the count is a few keys too high.
 _STEPS = tl.constexpr(4)
-# A row votes for the dense regime with at least this many sampled keys above its threshold, and this part of the rows
-# decides. Simulated: no vote in 900 blocks of normal queries and keys (supports of 17 to 31, 1,000 to 32,768 keys); all
-# of them with queries of a tenth (450 to 1,400).
+# A row votes for the dense regime if at least this many sampled keys lie above its threshold; this share of the rows
+# decides.
 _ENOUGH_KEYS = tl.constexpr(4)
 _ENOUGH_ROWS = tl.constexpr(0.125)
 
 
 @triton.jit
 def pilot_kernel(
-    query, key, largest_key, overflow, masks, scoring, heads, kv_heads, q_len, kv_len,
+    query, key, largest_key, overflow, masks, scoring, lengths,
     ROOM: tl.constexpr, ROW_BLOCK: tl.constexpr, R: tl.constexpr, SAMPLE: tl.constexpr, D: tl.constexpr,
     HEAD_DIM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One block of ROW_BLOCK query rows of one head, of which R are looked at.
+    """Flags a block of query rows where the estimated support f #{sample: u_j > tau} of enough rows exceeds ROOM.
 
-    Heads with ALiBi are passed over: their few keys in reach are found by `block_maxima_kernel`.
+    Grid: one program for each block of ROW_BLOCK query rows of one head. It reads R of these rows and SAMPLE keys, and
+    sets the block's `overflow`. Heads with ALiBi are skipped: `block_maxima_kernel` finds their few keys in reach.
 
     Args:
         query, key: Rows.
         largest_key: (batch * kv_heads,) float32, the largest Euclidean norm of a key.
-        overflow: (batch * heads, ceil(q_len / ROW_BLOCK)) uint8, set to 1 where lists of ROOM keys will not do.
+        overflow: (batch * heads, ceil(q_len / ROW_BLOCK)) uint8, set to 1 where lists of ROOM keys would be too short.
     """
+    q_len = lengths.q_len
+    kv_len = lengths.kv_len
     row_blocks = tl.cdiv(q_len, ROW_BLOCK)
     group = tl.program_id(0) // row_blocks
     first_row = tl.program_id(0) % row_blocks * ROW_BLOCK
-    batch = group // heads
-    head = group % heads
-    kv_head = head // (heads // kv_heads)
+    batch = group // lengths.heads
+    head = group % lengths.heads
+    kv_head = head // (lengths.heads // lengths.kv_heads)
     if scoring.slopes is not None:  # noqa: SIM102 (one is decided at compile time)
         if tl.load(scoring.slopes + head) != 0.0:
             return
@@ -65,7 +67,7 @@ def pilot_kernel(
     low = tl.min(tl.where(length > 0, start, kv_len), 0)
     high = tl.max(tl.where(length > 0, stop, 0), 0)
 
-    # one key in each of SAMPLE equal ranges, at a place that repeats in no period of the keys
+    # one key in each of SAMPLE equal ranges, at a place that does not repeat with any period of the keys
     keys_for_one = (high - low).to(tl.float32) / SAMPLE
     number = tl.arange(0, SAMPLE)
     place = ((number * 40503) & 0xFFFF).to(tl.float32) * 2.0**-16 + number.to(tl.float32)
@@ -89,9 +91,9 @@ def pilot_kernel(
     votes = top > float("-inf")
     top = tl.where(votes, top, 0.0)
     q = q.to(tl.float32)
-    highest = tl.sqrt(tl.sum(q * q, 1)) * (tl.load(largest_key + batch * kv_heads + kv_head) * scoring.scale)
+    highest = tl.sqrt(tl.sum(q * q, 1)) * (tl.load(largest_key + batch * lengths.kv_heads + kv_head) * scoring.scale)
     hidden = tl.full([R], _HIDDEN_KEYS, tl.float32)
-    # the largest sampled key alone, or the hidden ones alone, would have their tau at or below this one
+    # a lower bound: the larger of the taus of the largest sampled key alone and of the hidden keys alone
     tau = tl.maximum(
         top - 1.0 / entmax_norm(keys_for_one, scoring.exponent),
         highest - 1.0 / entmax_norm(hidden, scoring.exponent),

@@ -1,39 +1,69 @@
-r"""Alpha-entmax attention for short rows, at most 256 keys: all scores of a block of rows stay in registers.
+r"""Alpha-entmax attention for short rows, at most 256 keys: all scores of a tile of rows stay in registers.
 
-Newton's method on ||[u - tau]_+||_p = 1 (see dense_forward) starts at max u - 1, a rigorous lower bound, and runs to
-the precision of the output's type without touching memory. Up to 128 keys one program also holds all rows of a head,
-so that the whole backward pass is one kernel: nothing but tau is saved for it, and no program waits for another.
+Newton's method on ||[u - tau]_+||_q = 1, q = 1/(alpha-1) (see dense/forward.py), starts at max u - 1, which is at most
+tau. It runs to the precision of the output's type without touching memory.
+
+Up to 128 keys one program can also hold all rows of a head. The whole backward pass is then one kernel: the forward
+pass saves nothing for it but tau, and no program waits for another.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from ..common.device import (
+    BLOCK_FULL,
+    BLOCK_MASKED,
+    QueryTile,
     entmax_norm,
     excess_over,
+    head_slope,
     load_rows,
-    products_to_scores,
     score_derivative,
     store_rows,
     support_powers,
+    tile_scores,
+    tile_sees,
     visible_interval,
-    visible_pairs,
 )
 
-__all__ = ["short_backward_kernel", "short_forward_kernel"]
+__all__ = ["HeadSizes", "ShortSizes", "short_backward_kernel", "short_forward_kernel"]
 
-_FULL = tl.constexpr(1)
-_MASKED = tl.constexpr(2)
 _MAX_STEPS = tl.constexpr(16)
+
+
+class ShortSizes(NamedTuple):
+    """Compile-time sizes of `short_forward_kernel`.
+
+    Attributes:
+        BM: query rows a program; W: a power of two that holds the keys.
+        W_SMALL: tiles of rows that see at most this many keys (the first rows of a causal triangle) work on this many.
+        KB: keys a block of the block map; MAP_BLOCKS: a power of two that holds the number of these blocks.
+    """
+
+    BM: Any
+    W: Any
+    W_SMALL: Any
+    KB: Any
+    MAP_BLOCKS: Any
+
+
+class HeadSizes(NamedTuple):
+    """Compile-time sizes of `short_backward_kernel`: powers of two, BM >= q_len and W >= kv_len."""
+
+    BM: Any
+    W: Any
 
 
 @triton.jit
 def _solve(score, near_enough, exponent: tl.constexpr):
-    """tau of each row of scores (-inf where masked), +inf for rows without a key.
+    """tau of each row of scores (-inf where masked); +inf for rows without a key.
 
-    near_enough: how far the norm may be from 1 before the last step, which leaves about the square of it.
+    Args:
+        near_enough: how far the norm may be from 1 before the last step, which leaves about the square of that.
     """
     top = tl.max(score, 1)
     some = top > float("-inf")
@@ -52,95 +82,89 @@ def _solve(score, near_enough, exponent: tl.constexpr):
 
 
 @triton.jit
-def _short_rows(
-    q, key, value, output, mean_value, masks, scoring, slope, batch, head, kv_head, first_row, rows, base,
-    row_position, start, stop, low, q_len, kv_len, near_enough,
-    W: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PRECISION: tl.constexpr, P_SCALE: tl.constexpr,
+def _attend(
+    q, key, value, output, mean_value, tile, first_row, low, masks, scoring, lengths, near_enough,
+    W: tl.constexpr, dims, PRECISION: tl.constexpr, P_SCALE: tl.constexpr,
 ):  # fmt: skip
     """Attends to the W keys from `low` on: writes output, and mean_value unless it is None; returns tau."""
-    k = load_rows(key, batch, kv_head, low, W, kv_len, True, D, HEAD_DIM)
+    DV: tl.constexpr = dims.DV
+    k = load_rows(key, tile.batch, tile.kv_head, low, W, lengths.kv_len, True, dims.D, dims.HEAD_DIM)
     keys = low + tl.arange(0, W)
-    score = products_to_scores(
-        tl.dot(q, tl.trans(k), input_precision=PRECISION), scoring, slope, row_position[:, None],
-        (keys - base).to(tl.float32)[None, :],
-    )  # fmt: skip
-    seen = visible_pairs(masks, batch, head, rows, keys, start, stop, q_len, kv_len)
-    score = tl.where(seen, score, float("-inf"))
+    score = tile_scores(tl.dot(q, tl.trans(k), input_precision=PRECISION), scoring, tile, keys)
+    score = tl.where(tile_sees(masks, tile, keys, lengths), score, float("-inf"))
     tau = _solve(score, near_enough, scoring.exponent)
     p, s = support_powers(excess_over(score, tau[:, None]), scoring.exponent)
-    v = load_rows(value, batch, kv_head, low, W, kv_len, True, DV, VALUE_DIM)
+    v = load_rows(value, tile.batch, tile.kv_head, low, W, lengths.kv_len, True, DV, dims.VALUE_DIM)
     weighted = tl.dot((p * P_SCALE).to(v.dtype), v, input_precision=PRECISION) * (1.0 / P_SCALE)
-    store_rows(output, batch, head, first_row, weighted, q_len, DV, VALUE_DIM)
+    store_rows(output, tile.batch, tile.head, first_row, weighted, lengths.q_len, DV, dims.VALUE_DIM)
     if mean_value is not None:
         slope_sum = tl.sum(s, 1)
         mean = tl.dot((s * P_SCALE).to(v.dtype), v, input_precision=PRECISION)
         mean = mean / tl.where(slope_sum > 0, slope_sum * P_SCALE, 1.0)[:, None]
-        store_rows(mean_value, batch, head, first_row, mean, q_len, DV, VALUE_DIM)
+        store_rows(mean_value, tile.batch, tile.head, first_row, mean, lengths.q_len, DV, dims.VALUE_DIM)
     return tau
 
 
 @triton.jit
 def short_forward_kernel(
     query, key, value, output, mean_value, tau_out, block_map,
-    masks, scoring, heads, kv_heads, q_len, kv_len, near_enough,
-    BM: tl.constexpr, W: tl.constexpr, W_SMALL: tl.constexpr, KB: tl.constexpr, MAP_BLOCKS: tl.constexpr,
-    D: tl.constexpr, HEAD_DIM: tl.constexpr, DV: tl.constexpr, VALUE_DIM: tl.constexpr,
-    PRECISION: tl.constexpr, P_SCALE: tl.constexpr,
+    masks, scoring, lengths, near_enough, sizes, dims, PRECISION: tl.constexpr, P_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """BM query rows of one head against all keys that they see, at most W.
+    """o_i = sum_j p_ij v_j and tau_i of BM query rows of one head, against all keys that they see, at most W.
+
+    Grid: batch * heads * ceil(q_len / BM). A program reads its queries, and once the keys and values that they see. It
+    writes its rows of output, mean_value and tau and its row of the block map.
 
     Args:
         query, key, value, output: Rows; mean_value: Rows or None.
         tau_out: (batch * heads, q_len) float32; +inf for rows without a visible key.
-        block_map: (batch * heads, row blocks, key blocks) uint8 for the dense backward pass, or None; all written.
-        W_SMALL: row blocks that see at most so many keys (first rows of a causal triangle) work on that many.
+        block_map: (batch * heads, row tiles, key blocks) uint8 for the dense backward pass, or None; all of it is
+            written.
         near_enough: see _solve.
-        MAP_BLOCKS: a power of two that holds the number of key blocks.
+        sizes: ShortSizes; dims: Dims.
     """
+    BM: tl.constexpr = sizes.BM
+    KB: tl.constexpr = sizes.KB
+    q_len = lengths.q_len
+    kv_len = lengths.kv_len
     row_blocks = tl.cdiv(q_len, BM)
     pid = tl.program_id(0)
     group = pid // row_blocks
     row_block = pid % row_blocks
-    batch = group // heads
-    head = group % heads
-    kv_head = head // (heads // kv_heads)
+    batch = group // lengths.heads
+    head = group % lengths.heads
+    kv_head = head // (lengths.heads // lengths.kv_heads)
     first_row = row_block * BM
     rows = first_row + tl.arange(0, BM)
     base = first_row + kv_len - q_len
-    row_position = tl.arange(0, BM).to(tl.float32)
+    position = tl.arange(0, BM).to(tl.float32)
     start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
     sees = start < stop
     high = tl.max(tl.where(sees, stop, 0), 0)
     low = tl.minimum(tl.min(tl.where(sees, start, kv_len), 0), high)
-    q = load_rows(query, batch, head, first_row, BM, q_len, True, D, HEAD_DIM)
-    slope = 0.0
-    if scoring.slopes is not None:
-        slope = tl.load(scoring.slopes + head) * scoring.slope_factor
+    q = load_rows(query, batch, head, first_row, BM, q_len, True, dims.D, dims.HEAD_DIM)
+    tile = QueryTile(batch, head, kv_head, rows, start, stop, position, base, head_slope(scoring, head))
 
-    if W_SMALL < W:
-        if high - low <= W_SMALL:
-            tau = _short_rows(
-                q, key, value, output, mean_value, masks, scoring, slope, batch, head, kv_head, first_row, rows, base,
-                row_position, start, stop, low, q_len, kv_len, near_enough,
-                W_SMALL, D, HEAD_DIM, DV, VALUE_DIM, PRECISION, P_SCALE,
+    if sizes.W_SMALL < sizes.W:
+        if high - low <= sizes.W_SMALL:
+            tau = _attend(
+                q, key, value, output, mean_value, tile, first_row, low, masks, scoring, lengths, near_enough,
+                sizes.W_SMALL, dims, PRECISION, P_SCALE,
             )  # fmt: skip
         else:
-            tau = _short_rows(
-                q, key, value, output, mean_value, masks, scoring, slope, batch, head, kv_head, first_row, rows, base,
-                row_position, start, stop, low, q_len, kv_len, near_enough,
-                W, D, HEAD_DIM, DV, VALUE_DIM, PRECISION, P_SCALE,
+            tau = _attend(
+                q, key, value, output, mean_value, tile, first_row, low, masks, scoring, lengths, near_enough,
+                sizes.W, dims, PRECISION, P_SCALE,
             )  # fmt: skip
     else:
-        tau = _short_rows(
-            q, key, value, output, mean_value, masks, scoring, slope, batch, head, kv_head, first_row, rows, base,
-            row_position, start, stop, low, q_len, kv_len, near_enough,
-            W, D, HEAD_DIM, DV, VALUE_DIM, PRECISION, P_SCALE,
+        tau = _attend(
+            q, key, value, output, mean_value, tile, first_row, low, masks, scoring, lengths, near_enough,
+            sizes.W, dims, PRECISION, P_SCALE,
         )  # fmt: skip
     tl.store(tau_out + group.to(tl.int64) * q_len + rows, tau, mask=rows < q_len)
     if block_map is not None:
         key_blocks = tl.cdiv(kv_len, KB)
-        block = tl.arange(0, MAP_BLOCKS)
+        block = tl.arange(0, sizes.MAP_BLOCKS)
         all_low = tl.max(tl.where(sees, start, 0), 0)
         all_high = tl.min(tl.where(sees, stop, kv_len), 0)
         full = (block * KB >= all_low) & ((block + 1) * KB <= all_high)
@@ -149,47 +173,55 @@ def short_forward_kernel(
         if masks.dense is not None:
             full = full & (block < 0)
         live = (block * KB < high) & ((block + 1) * KB > low)
-        kind = tl.where(live, tl.where(full, _FULL, _MASKED), 0)
+        kind = tl.where(live, tl.where(full, BLOCK_FULL, BLOCK_MASKED), 0)
         tl.store(block_map + pid.to(tl.int64) * key_blocks + block, kind.to(tl.uint8), mask=block < key_blocks)
 
 
 @triton.jit
 def short_backward_kernel(
     query, key, value, grad, tau_in, query_grad, key_grad, value_grad,
-    masks, scoring, scale, heads, kv_heads, q_len, kv_len,
-    BM: tl.constexpr, W: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr,
-    DV: tl.constexpr, VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr, P_SCALE: tl.constexpr,
+    masks, scoring, scale, lengths, sizes, dims, PRECISION: tl.constexpr, P_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk and dv of one key head and the query heads that share it; q_len <= BM and kv_len <= W.
+    """dq = scale dz k, dk = scale dz^T q and dv = p^T do, with dz = s (dp - sum(s dp) / sum(s)), of one key head.
 
-    dz = s (dp - sum(s dp) / sum(s)); dq = scale dz k, dk = scale dz^T q, dv = p^T do (see dense_backward).
+    Grid: batch * kv_heads. A program holds all keys of its head, reads the query heads that share it one after the
+    other, and writes their dq and its own dk and dv.
+
+    Args:
+        query, key, value, grad: Rows, read; query_grad, key_grad, value_grad: Rows, written.
+        tau_in: (batch * heads, q_len) float32, read.
+        sizes: HeadSizes; dims: Dims.
     """
+    BM: tl.constexpr = sizes.BM
+    W: tl.constexpr = sizes.W
+    D: tl.constexpr = dims.D
+    DV: tl.constexpr = dims.DV
+    q_len = lengths.q_len
+    kv_len = lengths.kv_len
     pid = tl.program_id(0)
-    batch = pid // kv_heads
-    kv_head = pid % kv_heads
+    batch = pid // lengths.kv_heads
+    kv_head = pid % lengths.kv_heads
     rows = tl.arange(0, BM)
     keys = tl.arange(0, W)
     start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
     zero = kv_head * 0
-    k = load_rows(key, batch, kv_head, zero, W, kv_len, True, D, HEAD_DIM)
-    v = load_rows(value, batch, kv_head, zero, W, kv_len, True, DV, VALUE_DIM)
+    k = load_rows(key, batch, kv_head, zero, W, kv_len, True, D, dims.HEAD_DIM)
+    v = load_rows(value, batch, kv_head, zero, W, kv_len, True, DV, dims.VALUE_DIM)
     acc_k = tl.zeros([W, D], tl.float32)
     acc_v = tl.zeros([W, DV], tl.float32)
-    for member in range(0, heads // kv_heads):
-        head = kv_head * (heads // kv_heads) + member
-        q = load_rows(query, batch, head, zero, BM, q_len, True, D, HEAD_DIM)
-        do = load_rows(grad, batch, head, zero, BM, q_len, True, DV, VALUE_DIM)
+    for member in range(0, lengths.heads // lengths.kv_heads):
+        head = kv_head * (lengths.heads // lengths.kv_heads) + member
+        q = load_rows(query, batch, head, zero, BM, q_len, True, D, dims.HEAD_DIM)
+        do = load_rows(grad, batch, head, zero, BM, q_len, True, DV, dims.VALUE_DIM)
         tau = tl.load(
-            tau_in + (batch * heads + head).to(tl.int64) * q_len + rows, mask=rows < q_len, other=float("inf")
+            tau_in + (batch * lengths.heads + head).to(tl.int64) * q_len + rows, mask=rows < q_len, other=float("inf")
         )
-        slope = 0.0
-        if scoring.slopes is not None:
-            slope = tl.load(scoring.slopes + head) * scoring.slope_factor
+        slope = head_slope(scoring, head)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        score = products_to_scores(
-            product, scoring, slope, (rows + (kv_len - q_len)).to(tl.float32)[:, None], keys.to(tl.float32)[None, :]
-        )
-        seen = visible_pairs(masks, batch, head, rows, keys, start, stop, q_len, kv_len)
+        position = (rows + (kv_len - q_len)).to(tl.float32)
+        tile = QueryTile(batch, head, kv_head, rows, start, stop, position, zero, slope)
+        score = tile_scores(product, scoring, tile, keys)
+        seen = tile_sees(masks, tile, keys, lengths)
         p, s = support_powers(tl.where(seen, excess_over(score, tau[:, None]), 0.0), scoring.exponent)
         acc_v = tl.dot(tl.trans((p * P_SCALE).to(do.dtype)), do, acc_v, input_precision=PRECISION)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
@@ -199,7 +231,8 @@ def short_backward_kernel(
         if scoring.softcap is not None:
             dz *= score_derivative(product, scoring)
         dz = dz.to(k.dtype)
-        store_rows(query_grad, batch, head, zero, tl.dot(dz, k, input_precision=PRECISION) * scale, q_len, D, HEAD_DIM)
+        query_rows = tl.dot(dz, k, input_precision=PRECISION) * scale
+        store_rows(query_grad, batch, head, zero, query_rows, q_len, D, dims.HEAD_DIM)
         acc_k = tl.dot(tl.trans(dz), q, acc_k, input_precision=PRECISION)
-    store_rows(key_grad, batch, kv_head, zero, acc_k * scale, kv_len, D, HEAD_DIM)
-    store_rows(value_grad, batch, kv_head, zero, acc_v * (1.0 / P_SCALE), kv_len, DV, VALUE_DIM)
+    store_rows(key_grad, batch, kv_head, zero, acc_k * scale, kv_len, D, dims.HEAD_DIM)
+    store_rows(value_grad, batch, kv_head, zero, acc_v * (1.0 / P_SCALE), kv_len, DV, dims.VALUE_DIM)

@@ -1,4 +1,4 @@
-"""The kernel of row_products. Importing this needs Triton."""
+"""The kernel of the operator in row_products.py, and its launch. Importing this needs Triton."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .device import load_rows
-from .launching import Launcher, on_device
-from .problem import padded, rows_of
+from .common.device import load_rows
+from .common.launching import Launcher, on_device
+from .common.problem import padded, rows_of
 
 __all__ = ["launch"]
 
@@ -19,7 +19,12 @@ _ROWS = 64
 def row_products_kernel(
     a, b, products, heads, length, ROWS: tl.constexpr, D: tl.constexpr, HEAD_DIM: tl.constexpr
 ):  # fmt: skip
-    """products (batch * heads, length) float32: of ROWS rows of one head of `a` with those of `b` (both Rows)."""
+    """products_i = sum_d a_id b_id. Grid: batch * heads * ceil(length / ROWS); a program does ROWS rows of one head.
+
+    Args:
+        a, b: Rows, read.
+        products: (batch * heads, length) float32, written.
+    """
     blocks = tl.cdiv(length, ROWS)
     pid = tl.program_id(0)
     group = pid // blocks
@@ -33,7 +38,7 @@ def row_products_kernel(
 
 
 def launch(launcher: Launcher, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, length) float32, of two tensors with unit stride in their last dimension."""
+    """The products (batch, heads, length) float32 of a and b, which have unit stride in their last dimension."""
     batch, heads, length, head_dim = a.shape
     products = launcher.empty((batch, heads, length), torch.float32)
     programs = batch * heads * triton.cdiv(length, _ROWS)

@@ -1,4 +1,4 @@
-"""The sparse regime alone, against the plain definition in float64: outputs, gradients, lists, overflow."""
+"""The lists alone, against the plain definition in float64: outputs, gradients, lists, overflow."""
 
 from __future__ import annotations
 
@@ -11,18 +11,14 @@ import torch
 pytest.importorskip("triton")
 
 from hf_asentmax import entmax_attention
+from hf_asentmax.backends.triton.common.blocks import ROW_BLOCK
 from hf_asentmax.backends.triton.common.problem import Problem
 from hf_asentmax.backends.triton.common.row_ranges import row_ranges
-from hf_asentmax.backends.triton.lists.launch import (
-    ROW_BLOCK,
-    SparseLists,
-    SparseTiles,
-    column_ends,
-    sparse_backward,
-    sparse_forward,
-    sparse_tiles,
-    sparse_unsupported_reason,
-)
+from hf_asentmax.backends.triton.common.state import Gradients
+from hf_asentmax.backends.triton.lists.device import Lists
+from hf_asentmax.backends.triton.lists.launch import column_ends, lists_backward, lists_forward
+from hf_asentmax.backends.triton.lists.tiles import ListTiles, list_tiles, lists_unsupported_reason
+from hf_asentmax.masks import Masks
 
 from reference import assert_close
 
@@ -31,9 +27,9 @@ ON_GPU = torch.cuda.is_available()
 HALF_TYPES = [torch.bfloat16, torch.float16]
 
 
-def tiles_of(dtype: torch.dtype, head_dim: int, **changes: int) -> SparseTiles:
-    """The tiles as they are, but fewer, larger programs for the interpreter, which takes its time for each."""
-    tiles = sparse_tiles(dtype, head_dim)
+def tiles_of(dtype: torch.dtype, head_dim: int, **changes: int) -> ListTiles:
+    """The usual tiles, but fewer and larger programs for the interpreter, which needs time for each."""
+    tiles = list_tiles(dtype, head_dim)
     if not ON_GPU:
         tiles = tiles._replace(rows=64, list_rows=32, expand_rows=32)
     return tiles._replace(**changes)
@@ -81,27 +77,27 @@ class Call:
         self.mask = None if self.mask is None else self.mask.to(device)
         self.cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
         assert not options
-        ranges = row_ranges(
-            q_len, kv_len, attention_mask=self.mask, cu_seqlens=self.cu_seqlens, key_start=self.key_start
-        )
+        masks = Masks(attention_mask=self.mask, cu_seqlens=self.cu_seqlens, key_start=self.key_start)
+        ranges = row_ranges(q_len, kv_len, masks)
         is_causal = self.options["is_causal"]
         self.problem = Problem(
             self.query, self.key, self.value, alpha, 1 / math.sqrt(head_dim), is_causal, self.window, None,
             self.slopes, ranges,
         )  # fmt: skip
-        assert sparse_unsupported_reason(self.problem) is None
+        assert lists_unsupported_reason(self.problem) is None
 
-    def run(self, tiles: SparseTiles, deterministic: bool = False) -> SparseLists:
+    def run(self, tiles: ListTiles, deterministic: bool = False) -> Lists:
         key, value = self.key, self.value
         self.output = torch.full((*self.query.shape[:3], value.shape[3]), math.nan).to(self.query)
         self.tau = torch.full(self.query.shape[:3], math.nan, device=key.device)
         norms = key.float().norm(dim=-1).amax(-1).reshape(-1)
         self.mean_value = torch.full_like(self.output, math.nan)
-        lists = sparse_forward(self.problem, self.output, self.tau, self.mean_value, norms, tiles)
+        lists = lists_forward(self.problem, self.output, self.tau, self.mean_value, norms, tiles)
         self.query_grad = torch.full_like(self.query, math.nan)
         self.key_grad, self.value_grad = torch.full_like(key, math.nan), torch.full_like(value, math.nan)
-        sparse_backward(
-            self.problem, self.tau, self.mean_value, lists, self.grad, self.query_grad, self.key_grad, self.value_grad,
+        lists_backward(
+            self.problem, self.tau, self.mean_value, lists,
+            Gradients(self.grad, self.query_grad, self.key_grad, self.value_grad),
             column_ends(lists.column_counts), deterministic=deterministic, tiles=tiles,
         )  # fmt: skip
         return lists
@@ -145,12 +141,12 @@ CASES: dict[str, dict[str, Any]] = {
     "cache": {},
     "one query": {"q_len": 1, "kv_len": 90},
     "one key": {"q_len": 1, "kv_len": 1},
-    "sparsemax": {"alpha": 2.0},
-    "alpha 1.7": {"alpha": 1.7},
+    "sparsemax": {"alpha": 2.0, "heads": 1},
+    "alpha 1.7": {"alpha": 1.7, "heads": 1},
     "both ways": {"is_causal": False, "q_len": 40, "slopes": [0.2, 0.0], "query_factor": 5.0},
-    "alibi": {"q_len": 120, "kv_len": 130, "slopes": [0.0, 0.5]},
-    "window": {"sliding_window": 40},
-    "packed": {"q_len": 150, "cu_seqlens": torch.tensor([0, 3, 70, 71, 150])},
+    "alibi": {"q_len": 80, "kv_len": 90, "slopes": [0.0, 0.5]},
+    "window": {"sliding_window": 40, "heads": 1},
+    "packed": {"q_len": 150, "heads": 1, "cu_seqlens": torch.tensor([0, 3, 70, 71, 150])},
     "starts": {
         "batch": 2,
         "q_len": 150,
@@ -173,20 +169,20 @@ def test_float32(name: str, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 def test_half(dtype: torch.dtype, device: str) -> None:
-    call = Call(device, dtype=dtype, q_len=130, kv_len=300, slopes=[0.0, 0.05], query_factor=4.0)
+    call = Call(device, dtype=dtype, q_len=70, kv_len=200, slopes=[0.0, 0.05], query_factor=4.0)
     lists = call.run(tiles_of(dtype, 16))
     assert not lists.overflow.any()
     call.check(FORWARD_TOLERANCE[dtype])
 
 
 def test_lists_hold_the_support(device: str) -> None:
-    call = Call(device, q_len=100, kv_len=150)
+    call = Call(device, q_len=64, kv_len=150)
     lists = call.run(tiles_of(torch.float32, 16))
     scores = call.query.double() @ call.key.double().transpose(-1, -2) * call.problem.scale * 0.5
-    hidden = torch.ones(100, 150, dtype=torch.bool, device=device).triu(51)
+    hidden = torch.ones(64, 150, dtype=torch.bool, device=device).triu(87)
     support = ((scores.masked_fill(hidden, -math.inf) - call.tau.double()[..., None]) > 1e-5)[0]
     for head in range(2):
-        for row in range(100):
+        for row in range(64):
             begin = lists.offsets[head, row]
             listed = lists.listed[head, begin : begin + lists.counts[head, row]].tolist()
             assert len(set(listed)) == len(listed)
@@ -195,7 +191,7 @@ def test_lists_hold_the_support(device: str) -> None:
 
 
 def test_overflow_is_flagged_and_left_alone(device: str) -> None:
-    """Rows 0 to 127 are sharp; among the others some have more keys than there is room for."""
+    """Rows 0 to 127 are sharp; some of the others have more keys than there is room for."""
     call = Call(device, q_len=256, kv_len=256, heads=1)
     call.query[:, :, 130] = 0.0
     lists = call.run(tiles_of(torch.float32, 16, room=64))
@@ -209,7 +205,7 @@ def test_overflow_is_flagged_and_left_alone(device: str) -> None:
 
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_rows_that_are_no_numbers_are_flagged(number: float, device: str) -> None:
-    call = Call(device, q_len=150)
+    call = Call(device, q_len=130)
     call.query[0, 1, 3, 5] = number
     assert call.run(tiles_of(torch.float32, 16)).overflow.tolist() == [[0, 0], [1, 0]]
 
@@ -238,7 +234,7 @@ def test_equal_and_huge_scores(device: str) -> None:
 
 
 def test_deterministic(device: str) -> None:
-    call = Call(device, q_len=60, kv_len=60, slopes=[0.0, 0.2])
+    call = Call(device, q_len=40, kv_len=40, slopes=[0.0, 0.2])
     tiles = tiles_of(torch.float32, 16)
     call.run(tiles, deterministic=True)
     call.check(1e-5)
@@ -248,9 +244,9 @@ def test_deterministic(device: str) -> None:
 
 
 def test_lists_that_outgrow_their_room_are_flagged(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With room for three keys a row on average, not all blocks of rows get lists; what those get is right."""
-    monkeypatch.setattr("hf_asentmax.backends.triton.lists.launch._KEYS_A_ROW", 3)
-    call = Call(device, q_len=256, kv_len=256, heads=2, kv_heads=2)
+    """With room for three keys a row on average, not all row blocks get lists; those that do are exact."""
+    monkeypatch.setattr("hf_asentmax.backends.triton.lists.tiles._KEYS_A_ROW", 3)
+    call = Call(device, q_len=256, kv_len=256, heads=1)
     lists = call.run(tiles_of(torch.float32, 16))
     assert lists.overflow.any()
     ends = lists.offsets + lists.counts
@@ -262,8 +258,8 @@ def test_lists_that_outgrow_their_room_are_flagged(device: str, monkeypatch: pyt
 
 
 def test_no_list_lacks_room_where_two_runs_must_agree(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which lists find no room depends on the order of the programs."""
-    monkeypatch.setattr("hf_asentmax.backends.triton.lists.launch._KEYS_A_ROW", 1)
+    """Which lists find no room depends on the order of the programs, so there must be room for all."""
+    monkeypatch.setattr("hf_asentmax.backends.triton.lists.tiles._KEYS_A_ROW", 1)
     torch.use_deterministic_algorithms(True)
     try:
         lists = Call(device, q_len=80, kv_len=80, heads=1).run(tiles_of(torch.float32, 16))
@@ -273,8 +269,8 @@ def test_no_list_lacks_room_where_two_runs_must_agree(device: str, monkeypatch: 
 
 
 def test_chunks_of_row_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_asentmax.backends.triton.lists.launch._WORKSPACE_BYTES", 40_000)
-    call = Call(device, q_len=90, heads=3, kv_heads=3)
+    monkeypatch.setattr("hf_asentmax.backends.triton.lists.workspace._WORKSPACE_BYTES", 40_000)
+    call = Call(device, q_len=70, heads=3, kv_heads=3)
     call.run(tiles_of(torch.float32, 16))
     call.check(1e-5)
 
@@ -289,10 +285,10 @@ def test_long(dtype: torch.dtype, head_dim: int) -> None:
         pytest.skip("the dense regime does these")
     slopes = [0.0, 0.01, 0.0, 0.5]
     call = Call("cuda", dtype=dtype, heads=4, kv_heads=2, q_len=1111, kv_len=1400, head_dim=head_dim, slopes=slopes)
-    lists = call.run(sparse_tiles(dtype, head_dim))
+    lists = call.run(list_tiles(dtype, head_dim))
     assert not lists.overflow.any()
     call.check(FORWARD_TOLERANCE[dtype])
     again = call.key_grad.clone()
-    call.run(sparse_tiles(dtype, head_dim), deterministic=True)
+    call.run(list_tiles(dtype, head_dim), deterministic=True)
     call.check(FORWARD_TOLERANCE[dtype])
     assert_close("the two ways", again, call.key_grad, 2 * FORWARD_TOLERANCE[dtype])
