@@ -410,7 +410,7 @@ def test_overlapping_kernels_wait_for_one_another(kv_len: int) -> None:
 @pytest.mark.parametrize(
     ("bound", "error", "message"),
     [
-        (torch.ones(1, 3), ValueError, "one norm a key head"),
+        (torch.ones(1, 3), ValueError, "one norm per key head"),
         (torch.ones(1, 2, dtype=torch.long), TypeError, "floating point"),
         (1.0, TypeError, "floating point"),
     ],
