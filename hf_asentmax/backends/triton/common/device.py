@@ -33,6 +33,7 @@ __all__ = [
     "load_rows",
     "newton_step",
     "products_to_scores",
+    "scaled_weights",
     "score_derivative",
     "store_rows",
     "support_powers",
@@ -239,6 +240,10 @@ def store_rows(rows, batch, head, first, values, length, D: tl.constexpr, HEAD_D
     tl.store(pointer + index[:, None] * rows.row + dim[None, :], values.to(rows.pointer.dtype.element_ty), mask=inside)
 
 
+# A sum of powers below it may consist of numbers that a GPU rounds to 0.
+_LEAST_SUM = tl.constexpr(2.0**-100)
+
+
 @triton.jit
 def products_to_scores(product, scoring, slope, row_position, key_position):
     """u = (alpha - 1) (softcap(scale q k) - slope |i - j|) of q k; positions are float32, counted from the same key."""
@@ -284,13 +289,54 @@ def excess_over(score, tau):
 
 @triton.jit
 def support_powers(excess, exponent: tl.constexpr):
-    """(p, s) of r = excess >= 0: r^exponent and r^(exponent - 1), both 0 where r = 0."""
+    """(p, s) of r = excess >= 0: r^exponent and r^(exponent - 1), both 0 where r = 0.
+
+    A whole exponent (alpha = 1 + 1/2, 1 + 1/3, 1 + 1/4, ...) needs multiplications only. Another one needs a logarithm
+    and an exponential, which cost several times as much.
+    """
     if exponent == 2.0:
         return excess * excess, excess
     if exponent == 1.0:
         return excess, tl.where(excess > 0, 1.0, 0.0)
-    slope = tl.where(excess == 0, 0.0, tl.exp2(tl.log2(excess) * (exponent - 1.0)))
+    if exponent % 1.0 == 0.0:
+        slope = _whole_power(excess, exponent - 1.0)
+    else:
+        slope = tl.where(excess == 0, 0.0, tl.exp2(tl.log2(excess) * (exponent - 1.0)))
     return slope * excess, slope
+
+
+@triton.jit
+def _whole_power(base, exponent: tl.constexpr):
+    """base^exponent by squaring, for a whole exponent from 1 to 31."""
+    result = base
+    square = base
+    started: tl.constexpr = exponent % 2.0 == 1.0
+    if exponent >= 2.0:
+        square = square * square
+        if exponent // 2.0 % 2.0 == 1.0:
+            result = result * square if started else square
+    if exponent >= 4.0:
+        square = square * square
+        if exponent // 4.0 % 2.0 == 1.0:
+            result = result * square if exponent % 4.0 != 0.0 else square
+    if exponent >= 8.0:
+        square = square * square
+        if exponent // 8.0 % 2.0 == 1.0:
+            result = result * square if exponent % 8.0 != 0.0 else square
+    if exponent >= 16.0:
+        square = square * square
+        result = result * square if exponent % 16.0 != 0.0 else square
+    return result
+
+
+@triton.jit
+def scaled_weights(weights, P_SCALE: tl.constexpr, dtype: tl.constexpr):
+    """weights times P_SCALE in the values' type. float16 holds no weight above 2, which float32's rounding of tau can
+    leave where scores are in the millions, so those are cut."""
+    scaled = weights * P_SCALE
+    if P_SCALE != 1.0:
+        scaled = tl.minimum(scaled, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+    return scaled.to(dtype)
 
 
 @triton.jit
@@ -300,12 +346,26 @@ def entmax_norm(total, exponent: tl.constexpr):
         return tl.sqrt(total)
     if exponent == 1.0:
         return total
+    if exponent == 4.0:
+        return tl.sqrt(tl.sqrt(total))
     return tl.exp2(tl.log2(total) * (1.0 / exponent))
 
 
 @triton.jit
 def newton_step(total, slope_sum, exponent: tl.constexpr):
-    """(norm, step) from sum p and sum s: the norm of r at tau, and Newton's step on it. Both are 0 where sum p is 0."""
+    """(norm, step) from sum p and sum s: the norm of r at tau, and Newton's step on it. Both are 0 where sum p is 0.
+
+    For alpha below 1.5 the sums themselves can leave float32. Then the step is 0, and the norm says on which side tau
+    is: 0 where it lies above all that counts, inf where a score lies so far above it that r^exponent overflows.
+    """
+    if exponent > 2.0:
+        finite = total < float("inf")
+        good = finite & (total > _LEAST_SUM)
+        norm = entmax_norm(tl.where(good, total, 1.0), exponent)
+        # (norm - 1) total / (norm sum s) in an order whose products stay in float32
+        step = (norm - 1.0) / norm * (total / tl.where(good, slope_sum, 1.0))
+        # total itself where it is inf or NaN
+        return tl.where(good, norm, tl.where(finite, 0.0, total)), tl.where(good, step, 0.0)
     some = total > 0
     norm = entmax_norm(tl.where(some, total, 1.0), exponent)
     step = (norm - 1.0) * total / (norm * tl.where(some, slope_sum, 1.0))

@@ -112,6 +112,8 @@ class Problem:
         """How the kernels make scores and weights."""
         factor = self.alpha - 1.0
         exponent = 1.0 / factor
+        if abs(exponent - round(exponent)) < 1e-9 * exponent:  # a whole one needs no logarithm (device.support_powers)
+            exponent = float(round(exponent))
         capped = self.softcap is not None
         return KernelScoring(
             scale=self.scale if capped else self.scale * factor,

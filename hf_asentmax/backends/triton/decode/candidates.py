@@ -14,7 +14,9 @@ import triton.language as tl
 from ..common.device import newton_step, support_powers
 from ..lists.device import scatter
 
-__all__ = ["Alibi", "active_tiles", "list_candidates", "raised_tau"]
+__all__ = ["Alibi", "active_tiles", "capped_excess", "list_candidates", "raised_tau"]
+
+_LARGEST_EXCESS = tl.constexpr(32.0)  # to the power of 20, the largest exponent: 2^100
 
 
 class Alibi(NamedTuple):
@@ -23,6 +25,19 @@ class Alibi(NamedTuple):
     slope: Any
     position: Any
     nearest: Any
+
+
+@triton.jit
+def capped_excess(score, tau, exponent: tl.constexpr):
+    """r = [score - tau]_+, cut where r^exponent and sums of it would overflow (alpha below 1.5).
+
+    At the root r is at most 1. A bound on tau is lowered by what float32 may have rounded, which is more than that
+    where scores are in the millions. A cut r makes Newton's step smaller, so tau stays at or below the root.
+    """
+    excess = tl.maximum(score - tau, 0.0)
+    if exponent > 2.0:
+        excess = tl.minimum(excess, _LARGEST_EXCESS)
+    return excess
 
 
 @triton.jit
@@ -50,7 +65,7 @@ def _bound(largest, top, scoring, STEPS: tl.constexpr, NB: tl.constexpr):
         largest = tl.max(tl.reshape(largest, [NB // 512, 512]), 0)
     tau = top - 1.0
     for _ in range(STEPS):
-        p, s = support_powers(tl.maximum(largest - tau, 0.0), scoring.exponent)
+        p, s = support_powers(capped_excess(largest, tau, scoring.exponent), scoring.exponent)
         tau = raised_tau(tau, p, s, scoring.exponent)
     return tau - (1.0 + tl.abs(tau)) * 2.0**-18
 

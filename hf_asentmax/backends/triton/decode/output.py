@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..common.device import support_powers
-from .candidates import Alibi, active_tiles, list_candidates, raised_tau
+from .candidates import Alibi, active_tiles, capped_excess, list_candidates, raised_tau
 from .scores import SPAN
 
 __all__ = ["decode_flat_kernel", "decode_output_kernel"]
@@ -58,7 +58,7 @@ def _add_powers(sum_p, sum_s, record, scores_at, count, tau, scoring, MANY: tl.c
     """sum_p and sum_s (MANY,) with the summands of a list's `count` scores at tau."""
     for first in range(0, count, MANY):
         score = _scores(record, scores_at + first, count - first, MANY)
-        p, s = support_powers(tl.maximum(score - tau, 0.0), scoring.exponent)
+        p, s = support_powers(capped_excess(score, tau, scoring.exponent), scoring.exponent)
         sum_p += p
         sum_s += s
     return sum_p, sum_s
@@ -72,7 +72,7 @@ def _solve(record, scores_at, count, tau, scoring, FEW: tl.constexpr, MANY: tl.c
         score = _scores(record, scores_at, count, FEW)
         for _ in range(0, STEPS):
             if moved > _ENOUGH:
-                p, s = support_powers(tl.maximum(score - tau, 0.0), scoring.exponent)
+                p, s = support_powers(capped_excess(score, tau, scoring.exponent), scoring.exponent)
                 raised = raised_tau(tau, p, s, scoring.exponent)
                 moved = (raised - tau) / (1.0 + tl.abs(tau))
                 tau = raised
@@ -138,7 +138,7 @@ def _write_output(
         slot = chunk + tl.arange(0, CV)
         keys = tl.load(words + candidates.keys_at + slot, mask=slot < candidates.count, other=0)
         score = _scores(record, candidates.scores_at + chunk, candidates.count - chunk, CV)
-        p, _ = support_powers(tl.maximum(score - tau, 0.0), scoring.exponent)
+        p, _ = support_powers(capped_excess(score, tau, scoring.exponent), scoring.exponent)
         pointers = values + keys.to(tl.int64)[:, None] * value.row + dim[None, :]
         v = tl.load(pointers, mask=(p > 0)[:, None] & (dim < VALUE_DIM)[None, :], other=0.0)
         weighted += p[:, None] * v.to(tl.float32)

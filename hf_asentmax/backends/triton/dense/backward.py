@@ -23,6 +23,7 @@ from ..common.device import (
     head_slope,
     load_rows,
     products_to_scores,
+    scaled_weights,
     score_derivative,
     store_rows,
     support_powers,
@@ -209,7 +210,7 @@ def _key_gradient_pass(
             )
             excess = tl.where(seen, excess, 0.0)
         p, s = support_powers(excess, scoring.exponent)
-        acc_v = tl.dot((p * P_SCALE).to(do.dtype), do, acc_v, input_precision=PRECISION)
+        acc_v = tl.dot(scaled_weights(p, P_SCALE, do.dtype), do, acc_v, input_precision=PRECISION)
         dz = s * (tl.dot(v, tl.trans(do), input_precision=PRECISION) - rho[None, :])
         if scoring.softcap is not None:
             dz *= score_derivative(product, scoring)

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from ..common.device import (
     QueryTile,
+    entmax_norm,
     head_slope,
     load_rows,
     store_rows,
@@ -44,6 +45,8 @@ _ENOUGH = tl.constexpr(4)
 _FEW = tl.constexpr(16)
 # A guess is corrected on this many tiles of keys, or on one tile in this many if that is more.
 _PART = tl.constexpr(16)
+# A step of tau smaller than this share of tau is float32's rounding.
+_ROUNDING = tl.constexpr(2.0**-22)
 
 
 class ForwardSizes(NamedTuple):
@@ -157,7 +160,10 @@ def _class_bound(
     top = tl.max(maxima, 1)
     some = top > float("-inf")
     top = tl.where(some, top, 0.0)
-    bound = tl.where(count > 0, tau, top - 1.0)
+    start = tau
+    if scoring.exponent > 2.0:  # a guess far below the maximum would start from powers that overflow
+        start = tl.maximum(tau, top - 1.0)
+    bound = tl.where(count > 0, start, top - 1.0)
     bound = subset_tau(maxima, tl.full([BM], 1.0, tl.float32), bound, 3, scoring.exponent)
     tau = tl.where(count < _FEW, bound, tl.maximum(tau, bound))
     floor = tl.where(some, top - 1.0, float("-inf"))
@@ -186,11 +192,23 @@ def _corrected_guess(
 
 
 @triton.jit
+def _row_maxima(
+    q, key, tile, span, masks, scoring, lengths, BM: tl.constexpr, CLASSES: tl.constexpr, dims, PRECISION: tl.constexpr
+):  # fmt: skip
+    """(rows,) the largest score of each row."""
+    maxima = tl.full([BM, CLASSES], float("-inf"), tl.float32)
+    maxima = maximum_pass(maxima, q, key, tile, span, masks, scoring, lengths, True, CLASSES, dims, PRECISION)
+    maxima = maximum_pass(maxima, q, key, tile, span, masks, scoring, lengths, False, CLASSES, dims, PRECISION)
+    return tl.max(maxima, 1)
+
+
+@triton.jit
 def _solved(
     tau, floor, sees, near_enough, q, key, tile, span, masks, scoring, lengths,
-    BM: tl.constexpr, BN: tl.constexpr, dims, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, CLASSES: tl.constexpr, dims, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(tau, size of the support) of step 3."""
+    ROUNDING: tl.constexpr = _ROUNDING if scoring.exponent > 2.0 else 1e-6
     support = tl.zeros([BM], tl.float32)
     going = span.high > span.low
     for _ in range(_MAX_PASSES):
@@ -208,9 +226,15 @@ def _solved(
             )  # fmt: skip
             support = tl.sum(part_count, 1)
             norm, step = closer_step(tl.sum(part_p, 1), tl.sum(part_s, 1), support, scoring.exponent)
-            residual = tl.where(sees & (tl.abs(step) > 1e-6 * tl.abs(tau)), tl.abs(norm - 1.0), 0.0)
-            residual = tl.where(sees & (norm == 0.0), 1.0, residual)
-            tau = tl.where(sees, tl.maximum(tl.where(norm > 0, tau + step, floor), floor), tau)
+            residual = tl.where(sees & (tl.abs(step) > ROUNDING * tl.abs(tau)), tl.abs(norm - 1.0), 0.0)
+            lost = sees & (norm == 0.0)
+            if scoring.exponent > 2.0:
+                lost = sees & ((norm == 0.0) | (norm == float("inf")))
+                if tl.max(lost.to(tl.int32), 0) > 0:
+                    top = _row_maxima(q, key, tile, span, masks, scoring, lengths, BM, CLASSES, dims, PRECISION)
+                    floor = tl.where(sees, tl.maximum(floor, top - 1.0), floor)
+            residual = tl.where(lost, 1.0, residual)
+            tau = tl.where(sees, tl.maximum(tl.where(lost, floor, tau + step), floor), tau)
             going = tl.max(residual, 0) > near_enough
     return tau, support
 
@@ -288,9 +312,11 @@ def dense_forward_kernel(
     sees = sees & (floor > float("-inf"))
     tau = tl.where(sees, tl.maximum(tau, floor), float("inf"))
     tau, support = _solved(
-        tau, floor, sees, near_enough, q, key, tile, span, masks, scoring, lengths, BM, BN, dims, PRECISION
-    )
+        tau, floor, sees, near_enough, q, key, tile, span, masks, scoring, lengths, BM, BN, sizes.CLASSES,
+        dims, PRECISION,
+    )  # fmt: skip
 
+    ROUNDING: tl.constexpr = _ROUNDING if scoring.exponent > 2.0 else 1e-6
     # 4. output at tau, repeated in the rare case that the last step is not yet tiny
     acc_p = tl.zeros([BM, DV], tl.float32)
     acc_s = tl.zeros([BM, DV], tl.float32)
@@ -315,13 +341,20 @@ def dense_forward_kernel(
             sum_p = tl.sum(part_p, 1)
             sum_s = tl.sum(part_s, 1)
             norm, step = closer_step(sum_p, sum_s, support, scoring.exponent)
-            residual = tl.where(sees & (tl.abs(step) > 1e-6 * tl.abs(tau)), tl.abs(norm - 1.0), 0.0)
+            residual = tl.where(sees & (tl.abs(step) > ROUNDING * tl.abs(tau)), tl.abs(norm - 1.0), 0.0)
             step = tl.where(sees, step, 0.0)
             tau += step
             going = tl.max(residual, 0) > accepted
 
     if mean_value is not None:
-        output_rows = (acc_p - (step * scoring.exponent)[:, None] * acc_s) * (1.0 / P_SCALE)
+        if scoring.exponent > 2.0:
+            # Where float32 has no tau near enough to the root, the step says nothing: the weights' mean alone is kept
+            near = tl.abs(entmax_norm(sum_p, scoring.exponent) - 1.0) <= accepted
+            last = tl.where(near, step * scoring.exponent, 0.0)
+            total = sum_p - last * sum_s
+            output_rows = (acc_p - last[:, None] * acc_s) / tl.where(total > 0, total * P_SCALE, 1.0)[:, None]
+        else:
+            output_rows = (acc_p - (step * scoring.exponent)[:, None] * acc_s) * (1.0 / P_SCALE)
         mean = acc_s / tl.where(sum_s > 0, sum_s * P_SCALE, 1.0)[:, None]
         store_rows(mean_value, batch, head, first_row, mean, q_len, DV, dims.VALUE_DIM)
     else:

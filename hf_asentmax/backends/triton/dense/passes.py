@@ -14,6 +14,7 @@ from ..common.device import (
     excess_over,
     load_rows,
     newton_step,
+    scaled_weights,
     support_powers,
     tile_scores,
     tile_sees,
@@ -126,11 +127,11 @@ def output_pass(
         sum_p += _lane_sums(p)
         sum_s += part_s
         v = load_rows(value, tile.batch, tile.kv_head, first, BN, lengths.kv_len, MASKED, dims.DV, dims.VALUE_DIM)
-        acc_p = tl.dot((p * P_SCALE).to(v.dtype), v, acc_p, input_precision=PRECISION)
+        acc_p = tl.dot(scaled_weights(p, P_SCALE, v.dtype), v, acc_p, input_precision=PRECISION)
         if live is not None:
             block = live + first // KB
             tl.store(block + tl.zeros_like(part_s).to(tl.int32), tl.full(part_s.shape, mark, tl.uint8), mask=part_s > 0)
-            acc_s = tl.dot((s * P_SCALE).to(v.dtype), v, acc_s, input_precision=PRECISION)
+            acc_s = tl.dot(scaled_weights(s, P_SCALE, v.dtype), v, acc_s, input_precision=PRECISION)
     return acc_p, acc_s, sum_p, sum_s
 
 

@@ -22,6 +22,7 @@ from ..common.device import (
     excess_over,
     head_slope,
     load_rows,
+    scaled_weights,
     score_derivative,
     store_rows,
     support_powers,
@@ -95,11 +96,11 @@ def _attend(
     tau = _solve(score, near_enough, scoring.exponent)
     p, s = support_powers(excess_over(score, tau[:, None]), scoring.exponent)
     v = load_rows(value, tile.batch, tile.kv_head, low, W, lengths.kv_len, True, DV, dims.VALUE_DIM)
-    weighted = tl.dot((p * P_SCALE).to(v.dtype), v, input_precision=PRECISION) * (1.0 / P_SCALE)
+    weighted = tl.dot(scaled_weights(p, P_SCALE, v.dtype), v, input_precision=PRECISION) * (1.0 / P_SCALE)
     store_rows(output, tile.batch, tile.head, first_row, weighted, lengths.q_len, DV, dims.VALUE_DIM)
     if mean_value is not None:
         slope_sum = tl.sum(s, 1)
-        mean = tl.dot((s * P_SCALE).to(v.dtype), v, input_precision=PRECISION)
+        mean = tl.dot(scaled_weights(s, P_SCALE, v.dtype), v, input_precision=PRECISION)
         mean = mean / tl.where(slope_sum > 0, slope_sum * P_SCALE, 1.0)[:, None]
         store_rows(mean_value, tile.batch, tile.head, first_row, mean, lengths.q_len, DV, dims.VALUE_DIM)
     return tau
@@ -223,7 +224,7 @@ def short_backward_kernel(
         score = tile_scores(product, scoring, tile, keys)
         seen = tile_sees(masks, tile, keys, lengths)
         p, s = support_powers(tl.where(seen, excess_over(score, tau[:, None]), 0.0), scoring.exponent)
-        acc_v = tl.dot(tl.trans((p * P_SCALE).to(do.dtype)), do, acc_v, input_precision=PRECISION)
+        acc_v = tl.dot(tl.trans(scaled_weights(p, P_SCALE, do.dtype)), do, acc_v, input_precision=PRECISION)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         total = tl.sum(s, 1)
         rho = tl.sum(s * dp, 1) / tl.where(total > 0, total, 1.0)
