@@ -85,7 +85,8 @@ def asentmax_attention_forward(
         is_causal: False for a model that was configured to be bidirectional.
 
     Returns:
-        The output (batch, q_len, heads, head_dim), and the weights if ``output_attentions`` asks for them.
+        The output (batch, q_len, heads, head_dim), and the weights if ``output_attentions``, the argument or the
+        config's, asks for them.
 
     Raises:
         RuntimeError: the module was not prepared.
@@ -112,9 +113,11 @@ def asentmax_attention_forward(
     factor = _length_factor(module, settings, kwargs.get(HIDDEN_STATES_ARGUMENT), masks, key.shape[2])
     if factor is not None:
         query = scaled_query(query, factor, settings.num_unscaled_heads)
-    return_weights = bool(kwargs.get("output_attentions"))
+    return_weights = kwargs.get("output_attentions")
+    if return_weights is None:
+        return_weights = getattr(module.config, "output_attentions", False)
     output, weights = attend(
-        Call.checked(query, key, value, masks, scoring, dropout=dropout, return_weights=return_weights)
+        Call.checked(query, key, value, masks, scoring, dropout=dropout, return_weights=bool(return_weights))
     )
     return output.transpose(1, 2).contiguous(), weights
 

@@ -223,6 +223,26 @@ def test_attention_weights_on_request() -> None:
     assert (weights[0].tril() == weights[0]).all()
 
 
+@pytest.mark.parametrize("preset", ["asentmax", "ssmax"])
+def test_attention_weights_on_request_of_the_config(preset: str, tmp_path: Any) -> None:
+    model = tiny_model("llama", preset)
+    model.save_pretrained(tmp_path)
+    expected = model(IDS, output_attentions=True, use_cache=False).attentions
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, output_attentions=True)
+    assert loaded.config._attn_implementation == preset
+    assert all(torch.equal(*pair) for pair in zip(loaded(IDS, use_cache=False).attentions, expected, strict=True))
+    assert loaded(IDS, use_cache=False, output_attentions=False).attentions is None
+    loaded.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again(IDS, use_cache=False).attentions is not None
+    model.config.output_attentions = True
+    assert all(torch.equal(*pair) for pair in zip(model(IDS, use_cache=False).attentions, expected, strict=True))
+    with pytest.raises(ValueError, match="output_attentions"):  # other attentions are as before
+        tiny_model("llama", "sdpa").config.output_attentions = True
+    with pytest.raises(Exception, match="output_attentions"):  # of a class of huggingface_hub
+        tiny_config("llama", attn_implementation="sdpa", output_attentions=True)
+
+
 def test_attention_sinks_are_refused() -> None:
     config = AutoConfig.for_model(
         "gpt_oss",
