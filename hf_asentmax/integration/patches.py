@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, trainer_pt_utils
 
 from ..config import PRESETS, ASEntmaxConfig
 from ..scaling.modules import LengthScaling
-from .install import install, installed_attentions
+from .install import check_no_own_table, install, installed_attentions
 from .names import FILE_IMPLEMENTATION, preset_for_flags, preset_of
 from .saving import drop_own_class, is_ours, write_config_file
 
@@ -124,6 +124,9 @@ def _resolving_flags(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"hf_asentmax supports decoders, but {type(self).__name__} is an encoder-decoder model; the paper "
                 "defines no cross-attention and no encoder. Use a decoder, or another attn_implementation"
             )
+        if resolved in PRESETS:
+            assert resolved is not None
+            check_no_own_table(self, resolved)
         return original(self, resolved, *args, **kwargs)
 
     return _check_and_adjust_attn_implementation
@@ -238,12 +241,12 @@ def _allow_output_attentions() -> None:
         if "__class_validators__" in vars(cls):
             validators = cls.__class_validators__  # type: ignore[attr-defined]
             cls.__class_validators__ = [wrapped if each is original else each for each in validators]  # type: ignore[attr-defined]
-    whole = PreTrainedConfig.output_attentions
+    whole: property = inspect.getattr_static(PreTrainedConfig, "output_attentions")
     assert whole.fset is not None
     if not getattr(whole.fset, _MARK, False):
         setter = functools.wraps(whole.fset)(_setting_output_attentions(whole.fset))
         setattr(setter, _MARK, True)
-        PreTrainedConfig.output_attentions = whole.setter(setter)  # type: ignore[method-assign]
+        PreTrainedConfig.output_attentions = whole.setter(setter)  # type: ignore[assignment,method-assign]
 
 
 def _names_our_attention(config: PreTrainedConfig) -> bool:

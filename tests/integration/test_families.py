@@ -267,6 +267,57 @@ def test_models_without_the_attention_interface_are_refused() -> None:
         AutoModelForCausalLM.from_config(config, attn_implementation="asentmax")
 
 
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("falcon", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}),
+        ("gptj", {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}),
+        ("gpt_neo", {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]}),
+    ],
+)
+def test_families_with_a_table_of_their_own_are_refused(model_type: str, settings: dict[str, Any]) -> None:
+    config = AutoConfig.for_model(model_type, vocab_size=64, **settings)
+    message = r"chooses its attention from a table of its own, [A-Z_]+ \(entries: eager, .*Use a decoder"
+    with pytest.raises(NotImplementedError, match=message):
+        AutoModelForCausalLM.from_config(config, attn_implementation="asentmax")
+    assert logits(AutoModelForCausalLM.from_config(config, attn_implementation="eager")).isfinite().all()
+
+
+@pytest.mark.parametrize("positions", ["model", "nape"])
+def test_the_scaling_reads_an_input_wider_than_hidden_size(positions: str) -> None:
+    """Zamba concatenates the hidden states and the embeddings."""
+    config = AutoConfig.for_model(
+        "zamba",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        layers_block_type=["mamba", "hybrid"] * 2,
+        mamba_d_state=4,
+        n_mamba_heads=2,
+        initializer_range=0.2,
+        attention_hidden_size=64,
+        attention_head_dim=16,
+        pad_token_id=0,
+    )
+    config.asentmax = {"positions": positions}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="asentmax").eval()
+    _, attention = next(installed_attentions(model))
+    assert attention.length_scaling.beta_weight.shape[1] == 64
+    before = logits(model)
+    perturb_scalings(model)
+    assert not torch.allclose(logits(model), before, atol=1e-6)
+
+
+def test_the_scaling_reads_hidden_size_elsewhere(family: str) -> None:
+    """Also where the heads together are wider than hidden_size, and the output projection comes first (Phi-3)."""
+    wide = {} if family in ("gpt2", "gpt_neox", "phi3", "llama", "olmo2", "qwen2", "mistral") else {"head_dim": 16}
+    for _, attention in installed_attentions(tiny_model(family, "asentmax", **wide)):
+        assert attention.length_scaling.beta_weight.shape[1] == 32
+
+
 def test_unknown_positions_are_refused() -> None:
     config = AutoConfig.for_model(
         "biogpt", vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32
