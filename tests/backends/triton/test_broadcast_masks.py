@@ -12,7 +12,7 @@ from kernel_cases import Case, tensors
 
 CASES = [
     Case("head", q_len=40, batch=2),
-    Case("dense", q_len=150, batch=2),
+    pytest.param(Case("dense", q_len=150, batch=2), marks=pytest.mark.slow),
     Case("decode", q_len=1, kv_len=300, batch=2),
     Case("decode-few-queries", q_len=3, kv_len=300, batch=2),
 ]
