@@ -52,7 +52,7 @@ def entmax_attention(
         scale: the factor on q k^T, by default 1/sqrt(head_dim).
         is_causal: whether a query sees no key after its own position.
         attention_mask: (batch, kv_len) bool or integer, true (non-zero) where the key is not padding; or
-            (batch, 1 or heads, q_len, kv_len) bool, true where the query sees the key.
+            (batch or 1, heads or 1, q_len or 1, kv_len) bool, true where the query sees the key.
         alibi_slopes: (heads,) float >= 0, ALiBi's slope m_h per unit of distance; 0 for a head without ALiBi.
         cu_seqlens: (sequences + 1,) int32 or int64, the boundaries of sequences packed into one row of batch 1, from 0
             to kv_len. A query sees its own sequence only.

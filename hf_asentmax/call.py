@@ -179,7 +179,7 @@ def _kind(value: object) -> str:
 
 
 def _checked_attention_mask(mask: torch.Tensor | None, query: torch.Tensor, kv_len: int) -> torch.Tensor | None:
-    """The mask as bool, after checking its type, shape and device."""
+    """The mask as bool after checking its type, shape and device; a 4D mask is expanded to all batches and queries."""
     if mask is None:
         return None
     batch, heads, q_len, _ = query.shape
@@ -187,7 +187,7 @@ def _checked_attention_mask(mask: torch.Tensor | None, query: torch.Tensor, kv_l
     def expected() -> str:  # formatted only for an error: a compiled graph would otherwise depend on these lengths
         return (
             f"attention_mask must be a padding mask ({batch}, {kv_len}), bool or integer, or a bool mask "
-            f"({batch}, 1 or {heads}, {q_len}, {kv_len})"
+            f"({batch} or 1, {heads} or 1, {q_len} or 1, {kv_len})"
         )
 
     if not isinstance(mask, torch.Tensor):
@@ -195,14 +195,16 @@ def _checked_attention_mask(mask: torch.Tensor | None, query: torch.Tensor, kv_l
     if mask.ndim == 2:
         fits = tuple(mask.shape) == (batch, kv_len)
     else:
-        fits = mask.ndim == 4 and mask.shape[0] == batch and mask.shape[1] in (1, heads)
-        fits = fits and tuple(mask.shape[2:]) == (q_len, kv_len)
+        fits = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] in (1, heads)
+        fits = fits and mask.shape[2] in (1, q_len) and mask.shape[3] == kv_len
     if not fits:
         raise ValueError(f"{expected()}, got {tuple(mask.shape)}")
     if mask.is_floating_point() or (mask.ndim == 4 and mask.dtype != torch.bool):
         raise TypeError(f"{expected()}, got {mask.dtype}; convert an additive mask first: mask == 0")
     if mask.device != query.device:
         raise ValueError(f"attention_mask must be on query's device {query.device}, got {mask.device}")
+    if mask.ndim == 4 and (mask.shape[0] != batch or mask.shape[2] != q_len):
+        mask = mask.expand(batch, -1, q_len, -1)
     return mask.to(torch.bool)
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch.autograd.function import once_differentiable
 
 __all__ = [
     "Mapping",
@@ -33,15 +32,18 @@ Mapping = Callable[[torch.Tensor], torch.Tensor]
 # steps cost nothing on a CPU, where the loop stops when no threshold moves.
 _NEWTON_STEPS = {torch.float32: 16, torch.float64: 24}
 
+# Below this alpha the power 1/(alpha-1) magnifies rounding: the weights are computed in float64, relative to softmax.
+_NEAR_SOFTMAX = 1.05
+
 # "Softmax is not enough (for sharp out-of-distribution)", Velickovic et al. 2024, appendix. Highest power first.
 _ADAPTIVE_TEMPERATURE_POLYNOMIAL = (-0.037, 0.481, -2.3, 4.917, -1.791)
 
 
 def _working_dtype(scores: torch.Tensor, alpha: float) -> torch.dtype:
-    """float32 for half precision; float64 for 1 < alpha < 1.05, where the power 1/(alpha-1) magnifies rounding."""
+    """float32 for half precision; float64 for alpha close to 1, where the power 1/(alpha-1) magnifies rounding."""
     if not scores.is_floating_point():
         raise TypeError(f"scores must be floating point, got {scores.dtype}; convert them first")
-    if scores.dtype == torch.float64 or 1.0 < alpha < 1.05:
+    if scores.dtype == torch.float64 or 1.0 < alpha < _NEAR_SOFTMAX:
         return torch.float64
     return torch.float32
 
@@ -74,7 +76,8 @@ def entmax(scores: torch.Tensor, alpha: float = 1.5) -> torch.Tensor:
     .. math:: p_j = [(\alpha - 1) z_j - \tau]_+^{1/(\alpha-1)}, \qquad \tau \text{ such that } \sum_j p_j = 1
 
     alpha = 1 is softmax, 1.5 is the value of the ASEntmax paper (section 2.2), and 2 is sparsemax. The gradient is
-    dz = s * (dp - sum(s * dp) / sum(s)), with s = p^(2 - alpha) on the support.
+    dz = s * (dp - sum(s * dp) / sum(s)), with s = p^(2 - alpha) on the support. Gradients of higher order exist, and
+    torch.func.grad and vmap apply.
 
     Args:
         scores: (..., kv_len) float; ``-inf`` marks keys that are not visible.
@@ -112,7 +115,7 @@ def entmax_threshold(scores: torch.Tensor, alpha: float) -> tuple[torch.Tensor, 
 
     Args:
         scores: (..., kv_len) float32 or float64, ``-inf`` for keys that are not visible.
-        alpha: in (1, 2].
+        alpha: from 1.05 to 2. Closer to 1 rounding of tau decides the weights; see `_weights_near_softmax`.
 
     Returns:
         (tau, maximum), each (..., 1), with p_j = [(alpha-1)(z_j - maximum) - tau]_+^(1/(alpha-1)). The maximum is 0
@@ -139,33 +142,96 @@ def entmax_threshold(scores: torch.Tensor, alpha: float) -> tuple[torch.Tensor, 
     return tau, maximum
 
 
+def _weights_near_softmax(scores: torch.Tensor, alpha: float) -> torch.Tensor:
+    r"""Unnormalised weights of alpha-entmax in a form whose limit for alpha -> 1 is softmax, to the last digit.
+
+    With e = alpha - 1 and tau = e c - 1, where c is relative to the row maximum,
+
+    .. math:: p_j = [1 + e (z_j - \max z - c)]_+^{1/e} = \exp(\mathrm{log1p}(e (z_j - \max z - c)) / e)
+
+    and for e -> 0 this is exp(z_j - max z - c), c = log sum_j exp(z_j - max z). The steps in c are those of
+    `entmax_threshold`, divided by e. Their limit is log(total), with which softmax takes one step.
+
+    Args:
+        scores: (..., kv_len) float64, ``-inf`` for keys that are not visible.
+        alpha: in (1, `_NEAR_SOFTMAX`). For a larger alpha tau may be close to 0, and e c - 1 would round it away.
+
+    Returns:
+        (..., kv_len), zero for rows without visible keys.
+    """
+    excess = alpha - 1.0
+    maximum = scores.amax(dim=-1, keepdim=True)
+    shifted = scores - maximum.masked_fill(maximum == -torch.inf, 0.0)
+    offset = torch.zeros_like(maximum)
+    stop_early = scores.device.type == "cpu" and not torch.compiler.is_compiling()
+    tolerance = torch.finfo(scores.dtype).eps
+    for _ in range(_NEWTON_STEPS[scores.dtype]):
+        logarithm = torch.log1p((excess * (shifted - offset)).clamp_min(-1.0))  # of the base; -inf off the support
+        total = torch.exp(logarithm / excess).sum(dim=-1, keepdim=True)
+        slope = torch.exp(logarithm * ((1.0 - excess) / excess)).sum(dim=-1, keepdim=True)
+        step = -torch.expm1(-excess * total.log()) / excess * total / slope
+        step = torch.where(total > 0, step, torch.zeros_like(step)).clamp_min(0.0)
+        offset = offset + step
+        if stop_early and bool((step <= tolerance * (1.0 + offset)).all()):
+            break
+    return torch.exp(torch.log1p((excess * (shifted - offset)).clamp_min(-1.0)) / excess)
+
+
 class _Entmax(torch.autograd.Function):
-    """alpha-entmax for alpha in (1, 2]. Only the probabilities are saved for the backward pass."""
+    """alpha-entmax for alpha in (1, 2]. Only the probabilities are saved for the backward pass.
+
+    The backward pass consists of differentiable operations on the probabilities, which depend on the scores through
+    this function, so gradients of any order exist.
+    """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, scores: torch.Tensor, alpha: float) -> torch.Tensor:
+    def forward(scores: torch.Tensor, alpha: float) -> torch.Tensor:
         dtype = _working_dtype(scores, alpha)
         output_dtype = torch.float64 if scores.dtype == torch.float64 else torch.float32
         working = scores.to(dtype)
-        tau, maximum = entmax_threshold(working, alpha)
-        probabilities = _power(((working - maximum) * (alpha - 1.0) - tau).clamp_min(0.0), 1.0 / (alpha - 1.0))
-        total = probabilities.sum(dim=-1, keepdim=True)
-        probabilities = (probabilities / torch.where(total > 0, total, torch.ones_like(total))).to(output_dtype)
-        ctx.save_for_backward(probabilities)
-        ctx.alpha = alpha  # type: ignore[attr-defined]
-        ctx.scores_dtype = scores.dtype  # type: ignore[attr-defined]
-        return probabilities
+        if alpha < _NEAR_SOFTMAX:
+            weights = _weights_near_softmax(working, alpha)
+        else:
+            tau, maximum = entmax_threshold(working, alpha)
+            weights = _power(((working - maximum) * (alpha - 1.0) - tau).clamp_min(0.0), 1.0 / (alpha - 1.0))
+        total = weights.sum(dim=-1, keepdim=True)
+        return (weights / torch.where(total > 0, total, torch.ones_like(total))).to(output_dtype)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(
+        ctx: torch.autograd.function.FunctionCtx, inputs: tuple[torch.Tensor, float], output: torch.Tensor
+    ) -> None:
+        scores, alpha = inputs
+        ctx.save_for_backward(output)
+        ctx.alpha = alpha  # type: ignore[attr-defined]
+        ctx.scores_dtype = scores.dtype  # type: ignore[attr-defined]
+
+    @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[no-untyped-def]
         (probabilities,) = ctx.saved_tensors
-        slope = _power(probabilities, 2.0 - ctx.alpha)
-        if ctx.alpha == 1.5:
-            slope = probabilities.sqrt()
+        slope = _slope(probabilities, ctx.alpha)
         total = slope.sum(dim=-1, keepdim=True)
         mean = (slope * grad).sum(dim=-1, keepdim=True) / torch.where(total > 0, total, torch.ones_like(total))
         return (slope * (grad - mean)).to(ctx.scores_dtype), None
+
+    @staticmethod
+    def vmap(
+        info: object, in_dims: tuple[int | None, None], scores: torch.Tensor, alpha: float
+    ) -> tuple[torch.Tensor, int]:
+        """The mapping works on the last dimension, so a mapped dimension is one more leading dimension."""
+        dim = in_dims[0]
+        assert dim is not None
+        return _Entmax.apply(scores.movedim(dim, 0), alpha), 0
+
+
+def _slope(probabilities: torch.Tensor, alpha: float) -> torch.Tensor:
+    """s = p^(2 - alpha) on the support, else 0. Off the support its derivative is 0 too."""
+    if alpha == 2.0:
+        return (probabilities > 0).to(probabilities.dtype)
+    on_support = probabilities > 0
+    inside = torch.where(on_support, probabilities, torch.ones_like(probabilities))
+    slope = inside.sqrt() if alpha == 1.5 else inside.pow(2.0 - alpha)
+    return torch.where(on_support, slope, torch.zeros_like(slope))
 
 
 def top_k_softmax(scores: torch.Tensor, k: int) -> torch.Tensor:

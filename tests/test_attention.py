@@ -212,3 +212,16 @@ def test_the_compiled_function_has_no_graph_break() -> None:
         strict=True,
     ):
         assert_close("gradient", a, b, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 5, 9), (2, 1, 1, 9), (1, 1, 1, 9), (1, 4, 5, 9), (1, 4, 1, 9)])
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_a_4d_mask_broadcasts(shape: tuple[int, ...], alpha: float) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    full = mask.expand(2, shape[1], 5, 9).contiguous()
+    outputs = []
+    for given in (mask, full):
+        tensors = [tensor.requires_grad_() for tensor in make(2, 4, 2, 5, 9, 8, torch.float64)]
+        output = entmax_attention(*tensors, alpha=alpha, attention_mask=given, alibi_slopes=torch.linspace(0, 1, 4))
+        outputs.append((output, *torch.autograd.grad(output.square().sum(), tensors)))
+    assert all(torch.equal(actual, expected) for actual, expected in zip(*outputs, strict=True))

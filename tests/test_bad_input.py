@@ -180,7 +180,7 @@ def test_is_causal(is_causal: Any):
 
 MASK = (
     f"attention_mask must be a padding mask ({BATCH}, {KV_LEN}), bool or integer, or a bool mask "
-    f"({BATCH}, 1 or {HEADS}, {Q_LEN}, {KV_LEN})"
+    f"({BATCH} or 1, {HEADS} or 1, {Q_LEN} or 1, {KV_LEN})"
 )
 
 
@@ -194,8 +194,9 @@ MASK = (
         (BATCH, Q_LEN, KV_LEN),
         (BATCH, KV_HEADS, Q_LEN, KV_LEN),
         (BATCH, 1, KV_LEN, Q_LEN),
-        (BATCH, 1, 1, KV_LEN),
-        (1, 1, Q_LEN, KV_LEN),
+        (BATCH, 1, 1, 1),
+        (BATCH + 1, 1, Q_LEN, KV_LEN),
+        (BATCH, 1, Q_LEN + 1, KV_LEN),
         (BATCH, 1, Q_LEN, KV_LEN + 1),
         (BATCH, 1, 1, Q_LEN, KV_LEN),
     ],

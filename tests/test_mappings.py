@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from decimal import Decimal, localcontext
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -86,6 +89,90 @@ def test_gradcheck(alpha: float) -> None:
     assert torch.autograd.gradcheck(lambda z: entmax(z, alpha), (scores,), eps=1e-7, atol=1e-5)
 
 
+SCORES = torch.tensor([[0.0, 0.9, 1.3, -3.0], [2.0, 1.7, 1.1, 0.2]], dtype=torch.float64)
+NEAR_ONE = (1.0 + 2.0**-52, 1.0 + 1e-12, 1.0 + 1e-9, 1.0 + 1e-6, 1.0001, 1.001, 1.01, 1.0499)
+
+
+def weights_in_60_digits(row: list[float], alpha: float) -> list[Decimal]:
+    """The definition by bisection on tau in 60 digits."""
+    with localcontext() as context:
+        context.prec = 60
+        excess = Decimal(alpha) - 1
+        shifted = [excess * (Decimal(score) - Decimal(max(row))) for score in row]
+
+        def weights(tau: Decimal) -> list[Decimal]:
+            return [((u - tau).ln() / excess).exp() if u > tau else Decimal(0) for u in shifted]
+
+        low, high = Decimal(-1), -((-excess * Decimal(len(row)).ln()).exp())  # of one key, and of equal keys
+        for _ in range(150):
+            middle = (low + high) / 2
+            low, high = (middle, high) if sum(weights(middle)) >= 1 else (low, middle)
+        return weights(low)
+
+
+@pytest.mark.parametrize("alpha", [*NEAR_ONE, 1.0501])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_alpha_close_to_one(alpha: float, dtype: torch.dtype) -> None:
+    """Annealing in steps gives an alpha a rounding error above 1."""
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-6
+    for row in ([0.5, -1.25, 3.0, 2.75, -8.0, 0.0], [0.0] * 5, [200.0, 0.0, -30.0]):
+        scores = torch.tensor(row, dtype=dtype, requires_grad=True)
+        exact = torch.tensor([float(weight) for weight in weights_in_60_digits(row, alpha)], dtype=torch.float64)
+        weights = entmax(scores, alpha)
+        assert (weights - exact).abs().max() <= tolerance
+        upstream = torch.linspace(-1, 2, len(row), dtype=torch.float64)
+        (grad,) = torch.autograd.grad(weights, scores, upstream.to(dtype))
+        slope = torch.where(exact > 0, exact ** (2 - alpha), 0.0)
+        assert (grad - slope * (upstream - (slope * upstream).sum() / slope.sum())).abs().max() <= 4 * tolerance
+
+
+def test_alpha_close_to_one_in_long_rows_and_without_keys() -> None:
+    scores = torch.randn(3, 50_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+    scores[1, 100:] = -torch.inf
+    scores[2] = -torch.inf
+    for alpha in (1 + 1e-12, 1 + 1e-9):
+        assert (entmax(scores, alpha) - softmax(scores)).abs().max() <= 100 * (alpha - 1)
+        assert bool((entmax(scores, alpha)[2] == 0).all())
+    below, above = entmax(scores, 1.05 - 1e-13), entmax(scores, 1.05)
+    assert torch.allclose(below, above, rtol=1e-9, atol=1e-13), "the two forms agree where they meet"
+
+
+@pytest.mark.parametrize("alpha", [1.0, 1.0 + 1e-9, 1.01, 1.25, 1.5, 2.0])
+def test_second_gradients(alpha: float) -> None:
+    scores = SCORES.clone()
+    scores[0, 0] = -torch.inf
+    visible = scores > -torch.inf
+    leaf = SCORES.clone().requires_grad_()
+
+    def mapped(z: torch.Tensor) -> torch.Tensor:
+        return entmax(z.masked_fill(~visible, -torch.inf), alpha)
+
+    assert torch.autograd.gradgradcheck(mapped, (leaf,), eps=1e-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [1.01, 1.25, 1.5, 2.0])
+def test_second_gradients_of_rows_without_keys_are_zero(alpha: float) -> None:
+    scores = torch.full((1, 3), -torch.inf, requires_grad=True)
+    (first,) = torch.autograd.grad((entmax(scores, alpha) ** 2).sum(), scores, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), scores)
+    assert bool((first == 0).all()) and bool((second == 0).all())
+
+
+@pytest.mark.parametrize("alpha", [1.01, 1.5, 2.0])
+def test_functional_transforms(alpha: float) -> None:
+    def loss(row: torch.Tensor) -> torch.Tensor:
+        return (entmax(row, alpha) * torch.arange(row.shape[-1])).sum()
+
+    leaf = SCORES.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    assert torch.allclose(torch.func.grad(loss)(SCORES), expected)
+    assert torch.allclose(torch.func.vmap(torch.func.grad(loss))(SCORES), expected), "gradients per sample"
+    by_column = torch.func.vmap(lambda z: entmax(z, alpha), in_dims=1)(SCORES.T.contiguous())
+    assert torch.allclose(by_column, entmax(SCORES, alpha))
+    hessian = torch.func.jacrev(torch.func.jacrev(loss))(SCORES[0])
+    assert torch.allclose(hessian, torch.autograd.functional.hessian(loss, SCORES[0]))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("alpha", [1.0, 1.05, *ALPHAS])
 def test_extreme_rows_stay_finite_and_right(dtype: torch.dtype, alpha: float) -> None:
@@ -132,8 +219,14 @@ def test_the_compiled_mapping_is_the_same() -> None:
     scores = torch.randn(8, 50, generator=torch.Generator().manual_seed(0)).masked_fill(
         torch.eye(50)[:8] > 0, -torch.inf
     )
-    compiled = torch.compile(lambda z: entmax(z, 1.5), fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(scores), entmax(scores, 1.5), atol=1e-6)
+    for alpha in (1.01, 1.5):
+        compiled = torch.compile(functools.partial(entmax, alpha=alpha), fullgraph=True, backend="aot_eager")
+        results = []
+        for function in (compiled, functools.partial(entmax, alpha=alpha)):
+            leaf = scores.clone().requires_grad_()
+            weights = function(leaf)
+            results.append((weights, *torch.autograd.grad(weights.square().sum(), leaf)))
+        assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(*results, strict=True))
 
 
 def test_top_k() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import TransformersKwargs, logging
 
 from ..attention import attend
 from ..call import Call, Scoring
@@ -22,26 +21,39 @@ from .names import CACHE_ARGUMENT, HIDDEN_STATES_ARGUMENT, SETTINGS_ATTRIBUTE
 
 __all__ = ["asentmax_attention_forward"]
 
-logger = logging.get_logger(__name__)
-
 # Arguments that change the scores or the keys in a way that no preset supports. They are refused.
 _REFUSED_ARGUMENTS = {
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
+    "indices": "keys selected by an indexer",
+    "block_indices": "blocks of keys selected by an indexer",
     "position_bias": "a learned position bias on the scores",
     "head_mask": "a mask over heads",
     "cache": "a paged cache (continuous batching); use generate()",
     "block_table": "a paged cache (continuous batching); use generate()",
 }
-# Arguments that need no action here.
-_KNOWN_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {
-    HIDDEN_STATES_ARGUMENT,
-    CACHE_ARGUMENT,
-    "cache_position",
-    "layer_idx",
-    "logits_to_keep",
-    "output_attentions",
-    "use_cache",
+# Arguments that change no score, with the reason. Every other argument that is not None is refused.
+_HARMLESS_ARGUMENTS = {
+    HIDDEN_STATES_ARGUMENT: "the layer's input, for the length scaling",
+    CACHE_ARGUMENT: "the cache, for the bound on the norms of the keys",
+    "cache_position": "the model's mask and cache use it",
+    "cu_seq_lens_k": "packing: the hook on the model's inputs uses it",
+    "cu_seq_lens_q": "packing: the hook on the model's inputs uses it",
+    "deterministic": "chooses among flash attention's backward passes",
+    "layer_idx": "the index of the layer",
+    "logits_to_keep": "the language model head uses it",
+    "max_length_k": "packing: follows from cu_seq_lens_k",
+    "max_length_q": "packing: follows from cu_seq_lens_q",
+    "mm_token_type_ids": "the model's mask uses it",
+    "num_items_in_batch": "the loss uses it",
+    "output_attentions": "chooses what is returned",
+    "output_hidden_states": "chooses what is returned",
+    "output_router_logits": "chooses what is returned",
+    "position_ids": "rotary positions and the model's mask use them",
+    "return_dict": "chooses what is returned",
+    "seq_idx": "packing: state space layers use it",
+    "token_type_ids": "the model's mask uses it",
+    "use_cache": "the model's cache uses it",
 }
 _COUNT_ATTRIBUTE = "_asentmax_visible_count"  # on a 4D mask while a decoding step is traced
 
@@ -73,7 +85,8 @@ def asentmax_attention_forward(
         is_causal: False for a model that was configured to be bidirectional.
 
     Returns:
-        The output (batch, q_len, heads, head_dim), and the weights if ``output_attentions`` asks for them.
+        The output (batch, q_len, heads, head_dim), and the weights if ``output_attentions``, the argument or the
+        config's, asks for them.
 
     Raises:
         RuntimeError: the module was not prepared.
@@ -100,9 +113,11 @@ def asentmax_attention_forward(
     factor = _length_factor(module, settings, kwargs.get(HIDDEN_STATES_ARGUMENT), masks, key.shape[2])
     if factor is not None:
         query = scaled_query(query, factor, settings.num_unscaled_heads)
-    return_weights = bool(kwargs.get("output_attentions"))
+    return_weights = kwargs.get("output_attentions")
+    if return_weights is None:
+        return_weights = getattr(module.config, "output_attentions", False)
     output, weights = attend(
-        Call.checked(query, key, value, masks, scoring, dropout=dropout, return_weights=return_weights)
+        Call.checked(query, key, value, masks, scoring, dropout=dropout, return_weights=bool(return_weights))
     )
     return output.transpose(1, 2).contiguous(), weights
 
@@ -116,23 +131,30 @@ def _checked_settings(module: nn.Module, heads: int, kwargs: dict[str, Any]) -> 
             'attn_implementation="asentmax" after importing hf_asentmax, and do not change the implementation later'
         )
     for name, value in kwargs.items():
-        if value is None or name in _KNOWN_ARGUMENTS:
+        if value is None or name in _HARMLESS_ARGUMENTS:
             continue
         if name in _REFUSED_ARGUMENTS:
             raise NotImplementedError(
                 f"{type(module).__name__} asks for {_REFUSED_ARGUMENTS[name]} ({name}), which hf_asentmax does not have"
             )
-        if not torch.compiler.is_compiling():
-            logger.warning_once(
-                f"{type(module).__name__} passes {name!r} to its attention. hf_asentmax does not know this argument "
-                "and ignores it; check that the model's attention does not depend on it"
-            )
+        raise NotImplementedError(
+            f"{type(module).__name__} passes {name}={_shown(value)} to its attention function. hf_asentmax does not "
+            "know this argument, and ignoring it could change the attention. If you passed it to the model yourself, "
+            "leave it out; if the model makes it, use another family or another attn_implementation"
+        )
     if heads != settings.num_heads:
         raise NotImplementedError(
             f"{type(module).__name__} has {heads} query heads, but its config says {settings.num_heads}; hf_asentmax "
             "needs config.num_attention_heads to hold for every layer"
         )
     return settings
+
+
+def _shown(value: Any) -> str:
+    """An argument for an error message: a tensor's type and shape, a number or text itself, or a class."""
+    if isinstance(value, torch.Tensor):
+        return f"tensor({value.dtype}, {tuple(value.shape)})"
+    return repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
 
 
 def _masks(

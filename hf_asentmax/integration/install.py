@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,13 @@ from .families import rotary_argument, turn_off_positions, without_rotation
 from .names import CACHE_ARGUMENT, HIDDEN_STATES_ARGUMENT, SCALING_ATTRIBUTE, SETTINGS_ATTRIBUTE, flags_of, preset_of
 from .packing import packing_pre_hook
 
-__all__ = ["AttentionSettings", "install", "installed_attentions", "scaling_of"]
+__all__ = ["AttentionSettings", "check_no_own_table", "install", "installed_attentions", "scaling_of"]
+
+_SUPPORTED_MODELS = (
+    "Use a decoder that does (Llama, Mistral, Qwen, Gemma, OLMo, Phi-3, GPT-2, GPT-NeoX and most recent families). For "
+    "a composite model name the parts: attn_implementation={'text_config': 'asentmax', 'vision_config': 'sdpa'}, with "
+    "flags in config.text_config.asentmax"
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,47 @@ def calls_attention_interface(cls: type) -> bool:
         if isinstance(function, types.FunctionType) and "ALL_ATTENTION_FUNCTIONS" in function.__code__.co_names:
             return True
     return any(calls_attention_interface(base) for base in cls.__bases__ if base not in (nn.Module, object))
+
+
+def check_no_own_table(model: PreTrainedModel, preset: str) -> None:
+    """Refuse a model that looks its attention class up in a table of its own, before the lookup fails.
+
+    Older families (Falcon, GPT-J) have a dict in their modeling file from the implementation to a class. It is found
+    through the constructors: those of the model's class, and of the classes that they name. Constructors of models
+    inside the model are left to these models' own check.
+
+    Raises:
+        NotImplementedError: such a table has no entry for the preset.
+    """
+    seen: set[Any] = set()
+    classes: list[type] = [type(model)]
+    while classes:
+        constructor = inspect.unwrap(classes.pop().__init__)  # type: ignore[misc]
+        if constructor in seen or not isinstance(constructor, types.FunctionType):
+            continue
+        seen.add(constructor)
+        for name in _names_in(constructor.__code__):
+            value = constructor.__globals__.get(name)
+            if isinstance(value, dict) and "eager" in value and preset not in value and _holds_modules(value):
+                raise NotImplementedError(
+                    f"{type(model).__name__} (model_type {model.config.model_type!r}) chooses its attention from a "
+                    f"table of its own, {name} (entries: {', '.join(map(str, value))}), and not through transformers' "
+                    f"attention interface, so hf_asentmax cannot change it. {_SUPPORTED_MODELS}"
+                )
+            if isinstance(value, type) and issubclass(value, nn.Module) and not issubclass(value, PreTrainedModel):
+                classes.append(value)
+
+
+def _names_in(code: types.CodeType) -> Iterator[str]:
+    """The global names that a function's code uses, with those of comprehensions and functions inside it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names_in(constant)
+
+
+def _holds_modules(table: dict[Any, Any]) -> bool:
+    return all(isinstance(value, type) and issubclass(value, nn.Module) for value in table.values())
 
 
 def _own_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
@@ -113,10 +161,8 @@ def _check_parts(model: PreTrainedModel) -> None:
 def _no_attention_message(model: PreTrainedModel) -> str:
     return (
         f"{type(model).__name__} (model_type {model.config.model_type!r}) has no attention that goes through "
-        "transformers' attention interface (ALL_ATTENTION_FUNCTIONS), so hf_asentmax cannot change it. Use a decoder "
-        "that does (Llama, Mistral, Qwen, Gemma, OLMo, Phi-3, GPT-2, GPT-NeoX and most recent families). For a "
-        "composite model name the parts: attn_implementation={'text_config': 'asentmax', 'vision_config': 'sdpa'}, "
-        "with flags in config.text_config.asentmax"
+        "transformers' attention interface (ALL_ATTENTION_FUNCTIONS), so hf_asentmax cannot change it. "
+        f"{_SUPPORTED_MODELS}"
     )
 
 
@@ -147,7 +193,7 @@ def _install_attention(attention: nn.Module, config: Any, flags: ASEntmaxConfig)
     scaling = build_scaling(
         flags.scaling,
         num_heads=num_heads - settings.num_unscaled_heads,
-        hidden_size=config.hidden_size,
+        hidden_size=_input_width(attention, config.hidden_size),
         delta=flags.delta,
         gamma_range=flags.gamma_range,
     )
@@ -155,6 +201,16 @@ def _install_attention(attention: nn.Module, config: Any, flags: ASEntmaxConfig)
     if scaling is not None and scaling.num_heads > 0:
         setattr(attention, SCALING_ATTRIBUTE, scaling)
     attention.register_forward_pre_hook(_attention_pre_hook, with_kwargs=True)
+
+
+def _input_width(attention: nn.Module, hidden_size: int) -> int:
+    """The width of the attention's input, by its projections: the width that most of them read, else hidden_size.
+
+    The two differ where the input is a concatenation (Zamba: the hidden states and the embeddings). hidden_size wins
+    a tie, because the output projection reads another width.
+    """
+    counts = Counter(child.in_features for child in attention.children() if isinstance(child, nn.Linear))
+    return max(counts, key=lambda width: (counts[width], width == hidden_size), default=hidden_size)
 
 
 def _attention_pre_hook(

@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, trainer_pt_utils
 
 from ..config import PRESETS, ASEntmaxConfig
 from ..scaling.modules import LengthScaling
-from .install import install, installed_attentions
-from .names import FILE_IMPLEMENTATION, preset_for_flags
+from .install import check_no_own_table, install, installed_attentions
+from .names import FILE_IMPLEMENTATION, preset_for_flags, preset_of
 from .saving import drop_own_class, is_ours, write_config_file
 
 __all__ = ["apply_patches"]
@@ -43,6 +43,7 @@ def apply_patches() -> None:
     _wrap(trainer_pt_utils, "get_parameter_names", _without_scalings)
     _wrap(PreTrainedConfig, "to_dict", _with_plain_flags)
     _wrap(PreTrainedConfig, "to_json_file", _writing_flags)
+    _allow_output_attentions()
 
 
 def resolve_implementation(config: PreTrainedConfig, requested: str | None) -> str | None:
@@ -123,6 +124,9 @@ def _resolving_flags(original: Callable[..., Any]) -> Callable[..., Any]:
                 f"hf_asentmax supports decoders, but {type(self).__name__} is an encoder-decoder model; the paper "
                 "defines no cross-attention and no encoder. Use a decoder, or another attn_implementation"
             )
+        if resolved in PRESETS:
+            assert resolved is not None
+            check_no_own_table(self, resolved)
         return original(self, resolved, *args, **kwargs)
 
     return _check_and_adjust_attn_implementation
@@ -220,3 +224,49 @@ def _writing_flags(original: Callable[..., Any]) -> Callable[..., Any]:
             original(self, json_file_path, use_diff)
 
     return to_json_file
+
+
+def _allow_output_attentions() -> None:
+    """Let a config with a preset have ``output_attentions``, which transformers allows only with ``eager``.
+
+    Strict configs keep a list of their class's validators, so the lists of classes that exist already change too.
+    """
+    _wrap(PreTrainedConfig, "validate_output_attentions", _validating_other_attentions)
+    wrapped = PreTrainedConfig.validate_output_attentions
+    original = wrapped.__wrapped__  # type: ignore[attr-defined]
+    classes = [PreTrainedConfig]
+    while classes:
+        cls = classes.pop()
+        classes += cls.__subclasses__()
+        if "__class_validators__" in vars(cls):
+            validators = cls.__class_validators__  # type: ignore[attr-defined]
+            cls.__class_validators__ = [wrapped if each is original else each for each in validators]  # type: ignore[attr-defined]
+    whole: property = inspect.getattr_static(PreTrainedConfig, "output_attentions")
+    assert whole.fset is not None
+    if not getattr(whole.fset, _MARK, False):
+        setter = functools.wraps(whole.fset)(_setting_output_attentions(whole.fset))
+        setattr(setter, _MARK, True)
+        PreTrainedConfig.output_attentions = whole.setter(setter)  # type: ignore[assignment,method-assign]
+
+
+def _names_our_attention(config: PreTrainedConfig) -> bool:
+    """Whether a config's implementation is a preset, or the entry of a config.json that the plugin wrote."""
+    return preset_of(config) is not None or config._attn_implementation == FILE_IMPLEMENTATION
+
+
+def _validating_other_attentions(original: Callable[..., None]) -> Callable[..., None]:
+    def validate_output_attentions(self: PreTrainedConfig) -> None:
+        if not _names_our_attention(self):
+            original(self)
+
+    return validate_output_attentions
+
+
+def _setting_output_attentions(original: Callable[..., None]) -> Callable[..., None]:
+    def output_attentions(self: PreTrainedConfig, value: bool) -> None:
+        if _names_our_attention(self):
+            self._output_attentions = value
+        else:
+            original(self, value)
+
+    return output_attentions

@@ -344,3 +344,17 @@ def test_a_model_on_a_gpu(length: int, compiled: bool) -> None:
         actual = results_of(torch.compile(model, fullgraph=True) if compiled else model, ids, mask)
     for result, wanted in zip(actual, expected, strict=True):
         assert_close("logits or gradients", result, wanted, 3e-2)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 60, 70), (3, 1, 1, 70), (1, HEADS, 1, 70)])
+@pytest.mark.parametrize("flex", [False, True], ids=["bias", "flex"])
+def test_4d_masks_broadcast(shape: tuple[int, ...], flex: bool, request: pytest.FixtureRequest) -> None:
+    if flex:
+        request.getfixturevalue("flex_only")
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(shape, generator=generator) < 0.5
+    query, key, value = (torch.randn(BATCH, HEADS, length, 16, generator=generator) for length in (60, 70, 70))
+    output = fused_softmax(query, key, value, attention_mask=mask)
+    full = mask.expand(BATCH, shape[1], 60, 70).contiguous()
+    expected = entmax_attention(query, key, value, alpha=1.0, attention_mask=full, backend="eager")
+    assert_close("output", output, expected, 1e-5)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_asentmax.integration.forward import asentmax_attention_forward
 
@@ -48,11 +49,45 @@ def test_arguments_that_change_the_attention_are_refused(name: str) -> None:
         call(attention_module(), **{name: torch.zeros(1)})
 
 
-def test_unknown_arguments_are_ignored_with_one_warning(transformers_log: list[str]) -> None:
+@pytest.mark.parametrize("value", [1, False, "text", torch.zeros(2, 3), object()])
+def test_unknown_arguments_are_refused(value: Any) -> None:
+    message = r"LlamaAttention passes something_new=.* to its attention function.*leave it out.*another family"
+    with pytest.raises(NotImplementedError, match=message):
+        call(attention_module(), something_new=value)
+
+
+def test_known_arguments_change_no_score() -> None:
     module = attention_module()
-    for _ in range(2):
-        call(module, something_new=1, position_ids=None)
-    assert sum("passes 'something_new' to its attention" in message for message in transformers_log) == 1
+    arguments = {"asentmax_hidden_states": torch.randn(1, 5, 32)}
+    torch.manual_seed(0)
+    expected = call(module, **arguments)
+    harmless = {"position_ids": torch.arange(5)[None], "use_cache": True, "num_items_in_batch": 3, "something": None}
+    torch.manual_seed(0)
+    assert torch.equal(call(module, **arguments, **harmless), expected)
+
+
+def test_keys_that_an_indexer_selects_are_refused() -> None:
+    """DeepSeek V3.2 selects keys and passes their indices to the attention function."""
+    latent = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+    experts = {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+    config = AutoConfig.for_model(
+        "deepseek_v32",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        index_n_heads=2,
+        index_head_dim=16,
+        index_topk=2,
+        **latent,
+        **experts,
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="asentmax")
+    with pytest.raises(NotImplementedError, match=r"keys selected by an indexer \(indices\)"):
+        model(torch.arange(6)[None])
 
 
 def test_dropout_drops_weights_and_keeps_their_mean() -> None:

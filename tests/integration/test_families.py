@@ -223,6 +223,26 @@ def test_attention_weights_on_request() -> None:
     assert (weights[0].tril() == weights[0]).all()
 
 
+@pytest.mark.parametrize("preset", ["asentmax", "ssmax"])
+def test_attention_weights_on_request_of_the_config(preset: str, tmp_path: Any) -> None:
+    model = tiny_model("llama", preset)
+    model.save_pretrained(tmp_path)
+    expected = model(IDS, output_attentions=True, use_cache=False).attentions
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, output_attentions=True)
+    assert loaded.config._attn_implementation == preset
+    assert all(torch.equal(*pair) for pair in zip(loaded(IDS, use_cache=False).attentions, expected, strict=True))
+    assert loaded(IDS, use_cache=False, output_attentions=False).attentions is None
+    loaded.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again(IDS, use_cache=False).attentions is not None
+    model.config.output_attentions = True
+    assert all(torch.equal(*pair) for pair in zip(model(IDS, use_cache=False).attentions, expected, strict=True))
+    with pytest.raises(ValueError, match="output_attentions"):  # other attentions are as before
+        tiny_model("llama", "sdpa").config.output_attentions = True
+    with pytest.raises(Exception, match="output_attentions"):  # of a class of huggingface_hub
+        tiny_config("llama", attn_implementation="sdpa", output_attentions=True)
+
+
 def test_attention_sinks_are_refused() -> None:
     config = AutoConfig.for_model(
         "gpt_oss",
@@ -245,6 +265,57 @@ def test_models_without_the_attention_interface_are_refused() -> None:
     config = AutoConfig.for_model("codegen", vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
     with pytest.raises(NotImplementedError, match="no attention that goes through transformers' attention interface"):
         AutoModelForCausalLM.from_config(config, attn_implementation="asentmax")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("falcon", {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}),
+        ("gptj", {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4}),
+        ("gpt_neo", {"hidden_size": 32, "num_layers": 1, "num_heads": 4, "attention_types": [[["global"], 1]]}),
+    ],
+)
+def test_families_with_a_table_of_their_own_are_refused(model_type: str, settings: dict[str, Any]) -> None:
+    config = AutoConfig.for_model(model_type, vocab_size=64, **settings)
+    message = r"chooses its attention from a table of its own, [A-Z_]+ \(entries: eager, .*Use a decoder"
+    with pytest.raises(NotImplementedError, match=message):
+        AutoModelForCausalLM.from_config(config, attn_implementation="asentmax")
+    assert logits(AutoModelForCausalLM.from_config(config, attn_implementation="eager")).isfinite().all()
+
+
+@pytest.mark.parametrize("positions", ["model", "nape"])
+def test_the_scaling_reads_an_input_wider_than_hidden_size(positions: str) -> None:
+    """Zamba concatenates the hidden states and the embeddings."""
+    config = AutoConfig.for_model(
+        "zamba",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        layers_block_type=["mamba", "hybrid"] * 2,
+        mamba_d_state=4,
+        n_mamba_heads=2,
+        initializer_range=0.2,
+        attention_hidden_size=64,
+        attention_head_dim=16,
+        pad_token_id=0,
+    )
+    config.asentmax = {"positions": positions}
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="asentmax").eval()
+    _, attention = next(installed_attentions(model))
+    assert attention.length_scaling.beta_weight.shape[1] == 64
+    before = logits(model)
+    perturb_scalings(model)
+    assert not torch.allclose(logits(model), before, atol=1e-6)
+
+
+def test_the_scaling_reads_hidden_size_elsewhere(family: str) -> None:
+    """Also where the heads together are wider than hidden_size, and the output projection comes first (Phi-3)."""
+    wide = {} if family in ("gpt2", "gpt_neox", "phi3", "llama", "olmo2", "qwen2", "mistral") else {"head_dim": 16}
+    for _, attention in installed_attentions(tiny_model(family, "asentmax", **wide)):
+        assert attention.length_scaling.beta_weight.shape[1] == 32
 
 
 def test_unknown_positions_are_refused() -> None:

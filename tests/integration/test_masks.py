@@ -208,6 +208,22 @@ def test_4d_masks(kind: str) -> None:
     assert torch.allclose(out[:1, place], logits(model, FIRST), atol=2e-6)
 
 
+@pytest.mark.parametrize("preset", ["asentmax", "ssmax", "entmax"])
+@pytest.mark.parametrize("kind", ["bool", "float"])
+@pytest.mark.parametrize("shape", [(1, 1, 9, 9), (2, 1, 1, 9), (1, 1, 1, 9)])
+def test_4d_masks_broadcast(shape: tuple[int, ...], kind: str, preset: str) -> None:
+    """With one row for the batch or for all queries, as with every attention of transformers."""
+    model = perturbed_model("llama", preset)
+    ids = random_ids(2, 9)
+    visible = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.6
+    if kind == "float":
+        visible = torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+    full = visible.expand(2, 1, 9, 9).contiguous()
+    assert torch.allclose(
+        logits(model, ids, attention_mask=visible), logits(model, ids, attention_mask=full), atol=1e-6
+    )
+
+
 def test_a_4d_mask_with_a_bias_is_refused() -> None:
     model = tiny_model("llama", "asentmax")
     with pytest.raises(NotImplementedError, match="adds values other than 0 and minus infinity"):

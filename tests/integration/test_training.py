@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from hf_asentmax import parameter_groups, set_alpha
 from hf_asentmax.scaling import LengthScaling
 
-from tiny_models import perturbed_model, tiny_model
+from tiny_models import perturbed_model, random_ids, tiny_model
 from training_runs import IDS, NAPE, loss_of, make_trainer
 
 LEFT_PADDING = torch.tensor([[0] * 3 + [1] * 9, [1] * 12])
@@ -308,3 +308,23 @@ def test_trainers_own_optimizer_does_not_decay_the_scalings(name: str, tmp_path:
     softmax_trainer, _ = make_trainer(tiny_model("llama"), tmp_path)
     kept = set(softmax_trainer.get_decay_parameter_names(softmax_trainer.model))
     assert kept == {parameter_name for parameter_name, value in decay.items() if value > 0}
+
+
+@pytest.mark.parametrize("preset", ["asentmax", "entmax"])
+def test_gradient_penalties_and_functional_calls(preset: str) -> None:
+    model = perturbed_model("llama", preset, num_hidden_layers=1)
+    ids = random_ids(2, 7)
+    embeddings = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=embeddings, use_cache=False).logits
+    (gradient,) = torch.autograd.grad(logits.square().mean(), embeddings, create_graph=True)
+    gradient.square().sum().backward()
+    parameters = dict(model.named_parameters())
+    reached = [parameter for parameter in parameters.values() if parameter is not model.get_input_embeddings().weight]
+    assert all(parameter.grad is not None and bool(parameter.grad.isfinite().all()) for parameter in reached)
+
+    def loss(given: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(model, given, (ids,), {"use_cache": False}).logits.square().mean()
+
+    functional = torch.func.grad(loss)({name: parameter.detach() for name, parameter in parameters.items()})
+    expected = torch.autograd.grad(loss(parameters), list(parameters.values()))
+    assert all(torch.allclose(*pair, atol=1e-6) for pair in zip(functional.values(), expected, strict=True))
