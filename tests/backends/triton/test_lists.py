@@ -159,7 +159,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# The quick tests keep these; the others take the same kernels through other masks
+QUICK = ("padding with holes", "alibi")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
+)
 def test_float32(name: str, device: str) -> None:
     call = Call(device, **CASES[name])
     lists = call.run(tiles_of(torch.float32, 16))
@@ -219,6 +225,7 @@ def test_rows_without_keys_give_zeros(device: str) -> None:
     assert (call.tau == math.inf).all()
 
 
+@pytest.mark.slow
 def test_equal_and_huge_scores(device: str) -> None:
     call = Call(device, q_len=30, kv_len=30)
     call.key[:] = call.key[:, :, :1]
@@ -268,6 +275,7 @@ def test_no_list_lacks_room_where_two_runs_must_agree(device: str, monkeypatch: 
     assert not lists.overflow.any()
 
 
+@pytest.mark.slow
 def test_chunks_of_row_tiles(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_asentmax.backends.triton.lists.workspace._WORKSPACE_BYTES", 40_000)
     call = Call(device, q_len=70, heads=3, kv_heads=3)

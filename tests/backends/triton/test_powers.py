@@ -51,9 +51,10 @@ def test_decoding_with_a_key_far_above(alpha: float, height: float, device: str)
     torch.testing.assert_close(output[0, 0, 0], value[0, 0, 101], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("exponent", [2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16, 20])
-@pytest.mark.parametrize("length", [60, 150])
-def test_whole_exponents(exponent: int, length: int, device: str) -> None:
+@pytest.mark.parametrize(
+    ("length", "exponent"), [*((60, exponent) for exponent in range(2, 21)), (150, 3), (150, 4), (150, 8)]
+)
+def test_whole_exponents(length: int, exponent: int, device: str) -> None:
     """alpha = 1 + 1/exponent, in the short and the dense kernels: output and gradients against float64."""
     torch.manual_seed(0)
     alpha = 1 + 1 / exponent

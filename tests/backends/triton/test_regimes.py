@@ -51,6 +51,7 @@ def check_mixed(case: Case, device: str) -> torch.Tensor:
     return flags[0]
 
 
+@pytest.mark.slow
 def test_both_regimes_in_one_call(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_asentmax.backends.triton import planning
 
