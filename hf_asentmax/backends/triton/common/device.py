@@ -33,6 +33,7 @@ __all__ = [
     "load_rows",
     "newton_step",
     "products_to_scores",
+    "query_tile",
     "scaled_weights",
     "score_derivative",
     "store_rows",
@@ -279,6 +280,19 @@ def score_derivative(product, scoring):
     """d softcap(scale q k) / d(scale q k): 1 - tanh^2."""
     capped = 2.0 / (1.0 + tl.exp(-2.0 * (product * scoring.scale / scoring.softcap))) - 1.0
     return 1.0 - capped * capped
+
+
+@triton.jit
+def query_tile(group, first_row, masks, scoring, lengths, BM: tl.constexpr):
+    """The QueryTile of BM rows from first_row on, of head `group` counted over all batch entries."""
+    batch = group // lengths.heads
+    head = group % lengths.heads
+    kv_head = head // (lengths.heads // lengths.kv_heads)
+    rows = first_row + tl.arange(0, BM)
+    base = first_row + lengths.kv_len - lengths.q_len
+    start, stop = visible_interval(masks, batch, rows, lengths.q_len, lengths.kv_len)
+    position = tl.arange(0, BM).to(tl.float32)
+    return QueryTile(batch, head, kv_head, rows, start, stop, position, base, head_slope(scoring, head))
 
 
 @triton.jit

@@ -18,11 +18,11 @@ import triton.language as tl
 from ..common.device import (
     BLOCK_FULL,
     BLOCK_MASKED,
-    QueryTile,
     excess_over,
     head_slope,
     load_rows,
     products_to_scores,
+    query_tile,
     scaled_weights,
     score_derivative,
     store_rows,
@@ -131,27 +131,21 @@ def query_gradient_kernel(
     if active is not None:  # noqa: SIM102 (one is decided at compile time)
         if tl.load(active + group.to(tl.int64) * tl.cdiv(q_len, sizes.ROWS) + row_block * BM // sizes.ROWS) == 0:
             return
-    batch = group // lengths.heads
-    head = group % lengths.heads
-    kv_head = head // (lengths.heads // lengths.kv_heads)
     first_row = row_block * BM
-    rows = first_row + tl.arange(0, BM)
-    base = first_row + lengths.kv_len - q_len
-    position = tl.arange(0, BM).to(tl.float32)
+    tile = query_tile(group, first_row, masks, scoring, lengths, BM)
+    batch, head, rows = tile.batch, tile.head, tile.rows
     live = block_map + map_row * key_blocks
     blocks = block_lists + (group.to(tl.int64) * row_blocks + row_block) * key_blocks
     masked = _list_blocks(blocks, live, 1, key_blocks, BLOCK_MASKED)
     total = masked + _list_blocks(blocks + masked, live, 1, key_blocks, BLOCK_FULL)
     tl.debug_barrier()
 
-    start, stop = visible_interval(masks, batch, rows, q_len, lengths.kv_len)
     q = load_rows(query, batch, head, first_row, BM, q_len, True, dims.D, dims.HEAD_DIM)
     do = load_rows(grad, batch, head, first_row, BM, q_len, True, dims.DV, dims.VALUE_DIM)
     tau = tl.load(tau_in + group.to(tl.int64) * q_len + rows, mask=rows < q_len, other=float("inf"))
     mean = load_rows(mean_value, batch, head, first_row, BM, q_len, True, dims.DV, dims.VALUE_DIM)
     rho = tl.sum(do.to(tl.float32) * mean.to(tl.float32), 1)
     tl.store(rho_out + group.to(tl.int64) * q_len + rows, rho, mask=rows < q_len)
-    tile = QueryTile(batch, head, kv_head, rows, start, stop, position, base, head_slope(scoring, head))
     acc = tl.zeros([BM, dims.D], tl.float32)
     acc = _query_gradient_pass(
         acc, blocks, 0, masked, q, do, tau, rho, key, value, tile, masks, scoring, lengths,

@@ -24,14 +24,12 @@ import triton
 import triton.language as tl
 
 from ..common.device import (
-    QueryTile,
     entmax_norm,
-    head_slope,
     load_rows,
+    query_tile,
     store_rows,
     tile_scores,
     tile_sees,
-    visible_interval,
 )
 from .passes import LANES, KeySpan, closer_step, maximum_pass, output_pass, sampled_tau, subset_tau, sum_pass
 
@@ -45,7 +43,7 @@ _ENOUGH = tl.constexpr(4)
 _FEW = tl.constexpr(16)
 # A guess is corrected on this many tiles of keys, or on one tile in this many if that is more.
 _PART = tl.constexpr(16)
-# A step of tau smaller than this share of tau is float32's rounding.
+# For alpha below 1.5, a step smaller than this share of tau is float32's rounding.
 _ROUNDING = tl.constexpr(2.0**-22)
 
 
@@ -149,14 +147,22 @@ def _key_span(low, high, all_low, all_high, masks, batch, BN: tl.constexpr, KB: 
 
 
 @triton.jit
+def _class_maxima(
+    q, key, tile, span, masks, scoring, lengths, BM: tl.constexpr, CLASSES: tl.constexpr, dims, PRECISION: tl.constexpr
+):  # fmt: skip
+    """(rows, CLASSES) the largest score of each row in each residue class of keys."""
+    maxima = tl.full([BM, CLASSES], float("-inf"), tl.float32)
+    maxima = maximum_pass(maxima, q, key, tile, span, masks, scoring, lengths, True, CLASSES, dims, PRECISION)
+    return maximum_pass(maxima, q, key, tile, span, masks, scoring, lengths, False, CLASSES, dims, PRECISION)
+
+
+@triton.jit
 def _class_bound(
     tau, count, q, key, tile, span, masks, scoring, lengths,
     BM: tl.constexpr, CLASSES: tl.constexpr, dims, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(tau, floor) of step 2, by the maxima of residue classes of keys."""
-    maxima = tl.full([BM, CLASSES], float("-inf"), tl.float32)
-    maxima = maximum_pass(maxima, q, key, tile, span, masks, scoring, lengths, True, CLASSES, dims, PRECISION)
-    maxima = maximum_pass(maxima, q, key, tile, span, masks, scoring, lengths, False, CLASSES, dims, PRECISION)
+    maxima = _class_maxima(q, key, tile, span, masks, scoring, lengths, BM, CLASSES, dims, PRECISION)
     top = tl.max(maxima, 1)
     some = top > float("-inf")
     top = tl.where(some, top, 0.0)
@@ -192,14 +198,10 @@ def _corrected_guess(
 
 
 @triton.jit
-def _row_maxima(
-    q, key, tile, span, masks, scoring, lengths, BM: tl.constexpr, CLASSES: tl.constexpr, dims, PRECISION: tl.constexpr
-):  # fmt: skip
-    """(rows,) the largest score of each row."""
-    maxima = tl.full([BM, CLASSES], float("-inf"), tl.float32)
-    maxima = maximum_pass(maxima, q, key, tile, span, masks, scoring, lengths, True, CLASSES, dims, PRECISION)
-    maxima = maximum_pass(maxima, q, key, tile, span, masks, scoring, lengths, False, CLASSES, dims, PRECISION)
-    return tl.max(maxima, 1)
+def _residual(norm, step, tau, sees, exponent: tl.constexpr):
+    """How far the norm is from 1, or 0 where the step is no more than float32's rounding of tau."""
+    ROUNDING: tl.constexpr = _ROUNDING if exponent > 2.0 else 1e-6
+    return tl.where(sees & (tl.abs(step) > ROUNDING * tl.abs(tau)), tl.abs(norm - 1.0), 0.0)
 
 
 @triton.jit
@@ -208,7 +210,6 @@ def _solved(
     BM: tl.constexpr, BN: tl.constexpr, CLASSES: tl.constexpr, dims, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(tau, size of the support) of step 3."""
-    ROUNDING: tl.constexpr = _ROUNDING if scoring.exponent > 2.0 else 1e-6
     support = tl.zeros([BM], tl.float32)
     going = span.high > span.low
     for _ in range(_MAX_PASSES):
@@ -226,13 +227,13 @@ def _solved(
             )  # fmt: skip
             support = tl.sum(part_count, 1)
             norm, step = closer_step(tl.sum(part_p, 1), tl.sum(part_s, 1), support, scoring.exponent)
-            residual = tl.where(sees & (tl.abs(step) > ROUNDING * tl.abs(tau)), tl.abs(norm - 1.0), 0.0)
+            residual = _residual(norm, step, tau, sees, scoring.exponent)
             lost = sees & (norm == 0.0)
             if scoring.exponent > 2.0:
                 lost = sees & ((norm == 0.0) | (norm == float("inf")))
                 if tl.max(lost.to(tl.int32), 0) > 0:
-                    top = _row_maxima(q, key, tile, span, masks, scoring, lengths, BM, CLASSES, dims, PRECISION)
-                    floor = tl.where(sees, tl.maximum(floor, top - 1.0), floor)
+                    maxima = _class_maxima(q, key, tile, span, masks, scoring, lengths, BM, CLASSES, dims, PRECISION)
+                    floor = tl.where(sees, tl.maximum(floor, tl.max(maxima, 1) - 1.0), floor)
             residual = tl.where(lost, 1.0, residual)
             tau = tl.where(sees, tl.maximum(tl.where(lost, floor, tau + step), floor), tau)
             going = tl.max(residual, 0) > near_enough
@@ -273,25 +274,19 @@ def dense_forward_kernel(
     if active is not None:  # noqa: SIM102 (one is decided at compile time)
         if tl.load(active + group.to(tl.int64) * tl.cdiv(q_len, sizes.ROWS) + row_block * BM // sizes.ROWS) == 0:
             return
-    batch = group // lengths.heads
-    head = group % lengths.heads
-    kv_head = head // (lengths.heads // lengths.kv_heads)
     first_row = row_block * BM
-    rows = first_row + tl.arange(0, BM)
-    base = first_row + kv_len - q_len
-    position = tl.arange(0, BM).to(tl.float32)
+    tile = query_tile(group, first_row, masks, scoring, lengths, BM)
+    batch, head, start, stop = tile.batch, tile.head, tile.start, tile.stop
     live = None
     if block_map is not None:
         live = block_map + (group.to(tl.int64) * row_blocks + row_block) * tl.cdiv(kv_len, KB)
 
-    start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
     sees = start < stop
     high = tl.max(tl.where(sees, stop, 0), 0)
     low = tl.minimum(tl.min(tl.where(sees, start, kv_len), 0), high)
     all_low = tl.max(tl.where(sees, start, 0), 0)
     all_high = tl.min(tl.where(sees, stop, kv_len), 0)
     q = load_rows(query, batch, head, first_row, BM, q_len, True, dims.D, dims.HEAD_DIM)
-    tile = QueryTile(batch, head, kv_head, rows, start, stop, position, base, head_slope(scoring, head))
 
     tau = tl.full([BM], float("-inf"), tl.float32)
     floor = tau
@@ -316,7 +311,6 @@ def dense_forward_kernel(
         dims, PRECISION,
     )  # fmt: skip
 
-    ROUNDING: tl.constexpr = _ROUNDING if scoring.exponent > 2.0 else 1e-6
     # 4. output at tau, repeated in the rare case that the last step is not yet tiny
     acc_p = tl.zeros([BM, DV], tl.float32)
     acc_s = tl.zeros([BM, DV], tl.float32)
@@ -341,7 +335,7 @@ def dense_forward_kernel(
             sum_p = tl.sum(part_p, 1)
             sum_s = tl.sum(part_s, 1)
             norm, step = closer_step(sum_p, sum_s, support, scoring.exponent)
-            residual = tl.where(sees & (tl.abs(step) > ROUNDING * tl.abs(tau)), tl.abs(norm - 1.0), 0.0)
+            residual = _residual(norm, step, tau, sees, scoring.exponent)
             step = tl.where(sees, step, 0.0)
             tau += step
             going = tl.max(residual, 0) > accepted
@@ -360,4 +354,4 @@ def dense_forward_kernel(
     else:
         output_rows = acc_p / tl.where(sum_p > 0, sum_p * P_SCALE, 1.0)[:, None]
     store_rows(output, batch, head, first_row, output_rows, q_len, DV, dims.VALUE_DIM)
-    tl.store(tau_out + group.to(tl.int64) * q_len + rows, tau, mask=rows < q_len)
+    tl.store(tau_out + group.to(tl.int64) * q_len + tile.rows, tau, mask=tile.rows < q_len)

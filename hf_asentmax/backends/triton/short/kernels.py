@@ -22,6 +22,7 @@ from ..common.device import (
     excess_over,
     head_slope,
     load_rows,
+    query_tile,
     scaled_weights,
     score_derivative,
     store_rows,
@@ -132,19 +133,13 @@ def short_forward_kernel(
     pid = tl.program_id(0)
     group = pid // row_blocks
     row_block = pid % row_blocks
-    batch = group // lengths.heads
-    head = group % lengths.heads
-    kv_head = head // (lengths.heads // lengths.kv_heads)
     first_row = row_block * BM
-    rows = first_row + tl.arange(0, BM)
-    base = first_row + kv_len - q_len
-    position = tl.arange(0, BM).to(tl.float32)
-    start, stop = visible_interval(masks, batch, rows, q_len, kv_len)
+    tile = query_tile(group, first_row, masks, scoring, lengths, BM)
+    batch, head, rows, start, stop = tile.batch, tile.head, tile.rows, tile.start, tile.stop
     sees = start < stop
     high = tl.max(tl.where(sees, stop, 0), 0)
     low = tl.minimum(tl.min(tl.where(sees, start, kv_len), 0), high)
     q = load_rows(query, batch, head, first_row, BM, q_len, True, dims.D, dims.HEAD_DIM)
-    tile = QueryTile(batch, head, kv_head, rows, start, stop, position, base, head_slope(scoring, head))
 
     if sizes.W_SMALL < sizes.W:
         if high - low <= sizes.W_SMALL:
