@@ -168,8 +168,12 @@ class _Attention(torch.autograd.Function):
         return output, *state
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: what follows would be detached from the graph without a word
+            raise NotImplementedError(
+                "the kernels have no second gradients, which create_graph=True asks for; call entmax_attention with "
+                "backend='eager', or run the model on a CPU"
+            )
         grads: tuple[torch.Tensor | None, ...] = (None, None, None)
         if grad is not None:
             saved = ctx.saved_tensors

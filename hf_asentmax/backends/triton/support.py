@@ -13,7 +13,6 @@ __all__ = [
     "unsupported_call_reason",
     "unsupported_device_reason",
     "unsupported_reason",
-    "unsupported_tensors_reason",
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,14 +49,10 @@ def unsupported_call_reason(kernels: str, call: Call) -> str | None:
         return f"{kernels} have no dropout on weights"
     if call.return_weights:
         return f"{kernels} return no weights"
-    return unsupported_tensors_reason(kernels, call.query, call.scoring.alibi_slopes)
-
-
-def unsupported_tensors_reason(kernels: str, query: torch.Tensor, alibi_slopes: torch.Tensor | None) -> str | None:
-    """Why no fused kernels, those named `kernels` among them, take the tensors of a call; None if they do."""
-    if query.dtype not in _DTYPES:
-        return f"{kernels} compute in float32, bfloat16 or float16, got {query.dtype}; use backend='eager'"
-    if alibi_slopes is not None and alibi_slopes.requires_grad and torch.is_grad_enabled():
+    if call.query.dtype not in _DTYPES:
+        return f"{kernels} compute in float32, bfloat16 or float16, got {call.query.dtype}; use backend='eager'"
+    slopes = call.scoring.alibi_slopes
+    if slopes is not None and slopes.requires_grad and torch.is_grad_enabled():
         return f"{kernels} take ALiBi's slopes as constants; detach them, or use backend='eager', which learns them"
     return None
 

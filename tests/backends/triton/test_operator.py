@@ -183,6 +183,16 @@ def test_what_is_unsupported_is_said(change: dict[str, object], message: str, de
         entmax_attention(query, query, query, alpha=alpha, alibi_slopes=slopes, backend="triton")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_second_gradients_are_refused(weighted: bool, device: str) -> None:
+    """Also where the output's gradient is a constant, which would leave the gradient without a graph."""
+    leaves = [torch.randn(1, 2, 20, 16, device=device).requires_grad_() for _ in range(3)]
+    output = entmax_attention(*leaves, backend="triton")
+    loss = output.square().sum() if weighted else output.sum()
+    with pytest.raises(NotImplementedError, match="backend='eager'"):
+        torch.autograd.grad(loss, leaves, create_graph=True)
+
+
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize("length", [100, 250, 3000, 9000])
